@@ -1,0 +1,1 @@
+"""Sparse, query-based object detectors on Detectron2."""
