@@ -1,0 +1,85 @@
+"""Box arithmetic shared by matching, losses and stages.
+
+Every function broadcasts over leading dimensions: paired boxes are (..., 4) against (..., 4), all pairs
+are `boxes_a[..., :, None, :]` against `boxes_b[..., None, :, :]`. Boxes are xyxy in any one unit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Largest log-scale change of a side in one stage: a box of 16 px may grow to 100 000 px.
+MAX_LOG_SCALE = math.log(100000.0 / 16)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision becomes float32; float32 and float64 stay. Boxes never live in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
+    """Centre and size -> corners, (..., 4)."""
+    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """Corners -> centre and size, (..., 4)."""
+    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
+def box_area(boxes_xyxy: Tensor) -> Tensor:
+    """(..., 4) -> (...) signed area."""
+    return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
+
+
+def intersection_and_union(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Areas shared and covered by two sets of boxes, broadcast over leading dimensions."""
+    low = torch.maximum(boxes_a[..., :2], boxes_b[..., :2])
+    high = torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(dim=-1)
+    return intersection, box_area(boxes_a) + box_area(boxes_b) - intersection
+
+
+def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Intersection over union in [0, 1]; exactly 1 for equal boxes with area, 0 where the union is empty."""
+    intersection, union = intersection_and_union(boxes_a, boxes_b)
+    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def box_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
+    """Generalised IoU in [-1, 1] (Rezatofighi et al., CVPR 2019): IoU minus the empty share of the hull."""
+    intersection, union = intersection_and_union(boxes_a, boxes_b)
+    low = torch.minimum(boxes_a[..., :2], boxes_b[..., :2])
+    high = torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:])
+    hull = (high - low).clamp(min=0).prod(dim=-1)
+    tiny = torch.finfo(union.dtype).tiny
+    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def decode_deltas(
+    deltas: Tensor,
+    boxes_xyxy: Tensor,
+    weights: tuple[float, float, float, float] = (2.0, 2.0, 1.0, 1.0),
+) -> Tensor:
+    """Moves and scales boxes by what a stage predicts.
+
+    Args:
+        deltas: (..., 4) dx, dy in units of the box side and dw, dh as log factors, times `weights`.
+        boxes_xyxy: (..., 4) boxes that entered the stage.
+        weights: divisors of the four deltas.
+
+    Returns:
+        (..., 4) boxes xyxy, at least float32. Only growth is bounded (`MAX_LOG_SCALE`); boxes are not
+        clipped to the image.
+    """
+    deltas, boxes = at_least_float32(deltas), xyxy_to_cxcywh(at_least_float32(boxes_xyxy))
+    deltas = deltas / deltas.new_tensor(weights)
+    centre, size = boxes[..., :2], boxes[..., 2:]
+    centre = centre + deltas[..., :2] * size
+    size = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)

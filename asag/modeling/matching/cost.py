@@ -1,0 +1,100 @@
+"""The cost of letting a prediction answer for an object (Sparse R-CNN, Section 3.4; DETR, Section 3.1).
+
+B images, N queries, S stages, K classes, M padded ground truths. Every cost is computed in float32 (or
+float64 when the boxes are) for all stages and images in one go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor
+
+from ...structures import Predictions, Targets
+from ..layers.boxes import at_least_float32, box_giou, xyxy_to_cxcywh
+from ..registry import check_choice
+
+EPS = 1e-8  # inside the logarithms of the focal cost, as in the authors' implementations
+
+
+def focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
+    """Focal loss as a positive minus focal loss as a negative, element by element."""
+    prob = logits.sigmoid()
+    positive = alpha * (1 - prob) ** gamma * -(prob + EPS).log()
+    negative = (1 - alpha) * prob**gamma * -(1 - prob + EPS).log()
+    return positive - negative
+
+
+@dataclass(frozen=True)
+class MatchingCost:
+    """Weighted sum of classification, L1 and GIoU cost of every prediction-object pair.
+
+    Attributes:
+        class_weight: weight of the class term.
+        l1_weight: weight of the L1 distance of boxes normalised by the image size.
+        giou_weight: weight of the negative GIoU.
+        class_cost: "focal" (sigmoid, one column a class) or "softmax" (negative probability).
+        box_format: format in which the L1 distance is taken, "xyxy" or "cxcywh".
+        alpha, gamma: parameters of the focal cost.
+    """
+
+    class_weight: float = 2.0
+    l1_weight: float = 5.0
+    giou_weight: float = 2.0
+    class_cost: str = "focal"
+    box_format: str = "xyxy"
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_choice("MODEL.CRITERION.CLASS_LOSS", self.class_cost, ("focal", "softmax"))
+        check_choice("MODEL.CRITERION.L1_FORMAT", self.box_format, ("xyxy", "cxcywh"))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> MatchingCost:
+        """Reads MODEL.MATCHER.*_COST and what matching shares with the loss from MODEL.CRITERION."""
+        return cls(
+            class_weight=cfg.MODEL.MATCHER.CLASS_COST,
+            l1_weight=cfg.MODEL.MATCHER.L1_COST,
+            giou_weight=cfg.MODEL.MATCHER.GIOU_COST,
+            class_cost=cfg.MODEL.CRITERION.CLASS_LOSS,
+            box_format=cfg.MODEL.CRITERION.L1_FORMAT,
+            alpha=cfg.MODEL.CRITERION.FOCAL_ALPHA,
+            gamma=cfg.MODEL.CRITERION.FOCAL_GAMMA,
+        )
+
+    def classification(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Unweighted class cost (S, B, N, M) of logits (S, B, N, K) for labels (B, M)."""
+        logits = at_least_float32(logits)
+        if self.class_cost == "softmax":
+            logits = logits.softmax(dim=-1)
+        index = labels[None, :, None, :].expand(*logits.shape[:3], -1)  # (S, B, N, M)
+        chosen = logits.gather(-1, index)
+        if self.class_cost == "softmax":
+            return -chosen
+        return focal_cost(chosen, self.alpha, self.gamma)
+
+    def l1(self, boxes_xyxy: Tensor, targets: Targets) -> Tensor:
+        """Unweighted L1 cost (S, B, N, M) of boxes divided by the size of their image."""
+        scale = targets.image_whwh[:, None]
+        boxes, truth = boxes_xyxy / scale, targets.boxes_xyxy / scale
+        if self.box_format == "cxcywh":
+            boxes, truth = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(truth)
+        # One (S, B, N, M) plane a coordinate: never materialises (S, B, N, M, 4).
+        return sum((boxes[..., :, None, i] - truth[:, None, :, i]).abs() for i in range(4))
+
+    def giou(self, boxes_xyxy: Tensor, targets: Targets) -> Tensor:
+        """Generalised IoU (S, B, N, M) of every pair."""
+        return box_giou(boxes_xyxy[..., :, None, :], targets.boxes_xyxy[:, None])
+
+    @torch.no_grad()
+    def __call__(self, predictions: Predictions, targets: Targets) -> Tensor:
+        """(S, B, N, M) cost; columns of padded ground truths hold finite but meaningless values."""
+        boxes = at_least_float32(predictions.boxes_xyxy)
+        return (
+            self.class_weight * self.classification(predictions.logits, targets.labels)
+            + self.l1_weight * self.l1(boxes, targets)
+            - self.giou_weight * self.giou(boxes, targets)
+        )

@@ -1,0 +1,117 @@
+"""What flows through the corridor: `Queries`, `Predictions` and the padded ground truth `Targets`.
+
+B images, N queries, C channels, S stages, K classes, M objects of the fullest image (padding).
+All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks speak for
+padding everywhere: a padded query attends to nothing, is matched to nothing and is never detected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import ImageList, Instances
+from torch import Tensor
+
+
+@dataclass
+class Queries:
+    """The few hundred candidates that the stages refine.
+
+    Attributes:
+        content: (B, N, C) what the query knows.
+        valid: (B, N) bool, False on padding.
+        boxes_xyxy: (B, N, 4) float32, where it looks; None for detectors without boxes.
+        position: (B, N, C) position embedding; None where boxes say it all.
+    """
+
+    content: Tensor
+    valid: Tensor
+    boxes_xyxy: Tensor | None = None
+    position: Tensor | None = None
+
+
+@dataclass
+class Predictions:
+    """What every stage says, stacked; the last stage is the detector's answer.
+
+    Attributes:
+        logits: (S, B, N, K) class logits, K + 1 columns (background last) in softmax mode.
+        boxes_xyxy: (S, B, N, 4) float32.
+        valid: (B, N) bool.
+    """
+
+    logits: Tensor
+    boxes_xyxy: Tensor
+    valid: Tensor
+
+    @property
+    def num_stages(self) -> int:
+        return self.logits.shape[0]
+
+    def last(self) -> Predictions:
+        """The final stage alone, still with a stage dimension of size one."""
+        return Predictions(self.logits[-1:], self.boxes_xyxy[-1:], self.valid)
+
+
+@dataclass
+class Targets:
+    """Ground truth of a batch, padded to M >= 1 objects so that every shape is known on the host.
+
+    Attributes:
+        boxes_xyxy: (B, M, 4) float32; padding holds a unit box so that no arithmetic degenerates.
+        labels: (B, M) int64, zero on padding.
+        valid: (B, M) bool.
+        image_whwh: (B, 4) float32, width, height, width, height of each unpadded image.
+        counts: objects per image, on the host: asking for them costs no synchronisation.
+    """
+
+    boxes_xyxy: Tensor
+    labels: Tensor
+    valid: Tensor
+    image_whwh: Tensor
+    counts: tuple[int, ...]
+
+    @classmethod
+    def from_lists(
+        cls,
+        boxes_xyxy: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        image_whwh: Tensor,
+    ) -> Targets:
+        """Pads per-image boxes (m, 4) and labels (m,) and moves each field in one copy.
+
+        Args:
+            boxes_xyxy: one (m_b, 4) tensor an image, absolute pixels.
+            labels: one (m_b,) integer tensor an image.
+            image_whwh: (B, 4); its device is the device of the result, its dtype that of the boxes.
+        """
+        counts = tuple(len(x) for x in labels)
+        shape = (len(counts), max((1, *counts)))
+        host = boxes_xyxy[0].device if boxes_xyxy else image_whwh.device
+        padded_boxes = torch.zeros(*shape, 4, dtype=image_whwh.dtype, device=host)
+        padded_boxes[..., 2:] = 1
+        padded_labels = torch.zeros(shape, dtype=torch.long, device=host)
+        valid = torch.zeros(shape, dtype=torch.bool, device=host)
+        for b, count in enumerate(counts):
+            padded_boxes[b, :count] = boxes_xyxy[b].to(padded_boxes.dtype)
+            padded_labels[b, :count] = labels[b]
+            valid[b, :count] = True
+        moved = (
+            x.to(image_whwh.device, non_blocking=True) for x in (padded_boxes, padded_labels, valid)
+        )
+        return cls(*moved, image_whwh=image_whwh, counts=counts)
+
+    @classmethod
+    def from_instances(cls, instances: Sequence[Instances], image_whwh: Tensor) -> Targets:
+        """Reads `gt_boxes` and `gt_classes` of Detectron2 instances (on the host)."""
+        return cls.from_lists(
+            [x.gt_boxes.tensor for x in instances], [x.gt_classes for x in instances], image_whwh
+        )
+
+
+def image_whwh(images: ImageList, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, 4) width, height, width, height of each unpadded image, on the images' device."""
+    sizes = torch.tensor([(w, h, w, h) for h, w in images.image_sizes], dtype=dtype)
+    return sizes.to(images.tensor.device, non_blocking=True)
