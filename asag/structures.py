@@ -1,7 +1,8 @@
 """What flows through the corridor: `Queries`, `Predictions` and the padded ground truth `Targets`.
 
 B images, N queries, C channels, S stages, K classes, M objects of the fullest image (padding).
-All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks speak for
+All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks speak
+for
 padding everywhere: a padded query attends to nothing, is matched to nothing and is never detected.
 """
 
@@ -24,12 +25,14 @@ class Queries:
         valid: (B, N) bool, False on padding.
         boxes_xyxy: (B, N, 4) float32, where it looks; None for detectors without boxes.
         position: (B, N, C) position embedding; None where boxes say it all.
+        all_valid: known on the host that nothing is padded, so that attention needs no mask.
     """
 
     content: Tensor
     valid: Tensor
     boxes_xyxy: Tensor | None = None
     position: Tensor | None = None
+    all_valid: bool = False
 
 
 @dataclass

@@ -11,7 +11,8 @@ def build_room(registry: Registry, key: str, name: str, *args: Any) -> Any:
     """Builds `registry[name](*args)`.
 
     Raises:
-        ValueError: `name` is not registered; the message names the configuration key and the choices.
+        ValueError: `name` is not registered; the message names the configuration key and the
+            choices.
     """
     if name not in registry:
         choices = ", ".join(sorted(known for known, _ in registry))

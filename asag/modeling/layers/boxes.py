@@ -1,7 +1,8 @@
 """Box arithmetic shared by matching, losses and stages.
 
-Every function broadcasts over leading dimensions: paired boxes are (..., 4) against (..., 4), all pairs
-are `boxes_a[..., :, None, :]` against `boxes_b[..., None, :, :]`. Boxes are xyxy in any one unit.
+Every function broadcasts over leading dimensions: paired boxes are (..., 4) against (..., 4), all
+pairs are `boxes_a[..., :, None, :]` against `boxes_b[..., None, :, :]`. Boxes are xyxy in any one
+unit.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ MAX_LOG_SCALE = math.log(100000.0 / 16)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay. Boxes never live in half precision."""
+    """Half precision becomes float32; float32 and float64 stay. Boxes never live in half
+    precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -46,13 +48,15 @@ def intersection_and_union(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Te
 
 
 def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    """Intersection over union in [0, 1]; exactly 1 for equal boxes with area, 0 where the union is empty."""
+    """Intersection over union in [0, 1]; exactly 1 for equal boxes with area, 0 where the union is
+    empty."""
     intersection, union = intersection_and_union(boxes_a, boxes_b)
     return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def box_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    """Generalised IoU in [-1, 1] (Rezatofighi et al., CVPR 2019): IoU minus the empty share of the hull."""
+    """Generalised IoU in [-1, 1] (Rezatofighi et al., CVPR 2019): IoU minus the empty share of the
+    hull."""
     intersection, union = intersection_and_union(boxes_a, boxes_b)
     low = torch.minimum(boxes_a[..., :2], boxes_b[..., :2])
     high = torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:])
@@ -74,8 +78,8 @@ def decode_deltas(
         weights: divisors of the four deltas.
 
     Returns:
-        (..., 4) boxes xyxy, at least float32. Only growth is bounded (`MAX_LOG_SCALE`); boxes are not
-        clipped to the image.
+        (..., 4) boxes xyxy, at least float32. Only growth is bounded (`MAX_LOG_SCALE`); boxes are
+        not clipped to the image.
     """
     deltas, boxes = at_least_float32(deltas), xyxy_to_cxcywh(at_least_float32(boxes_xyxy))
     deltas = deltas / deltas.new_tensor(weights)

@@ -10,8 +10,9 @@ from ..registry import build_room
 
 MATCHER_REGISTRY = Registry("MATCHER")
 MATCHER_REGISTRY.__doc__ = """
-Modules `matcher(predictions: Predictions, targets: Targets) -> assignment`, (S, B, N) int64: the index
-of the ground truth that each prediction answers for, -1 for background. Called without gradient.
+Modules `matcher(predictions: Predictions, targets: Targets) -> assignment`, (S, B, N) int64: the
+index of the ground truth that each prediction answers for, -1 for background. Called without
+gradient.
 """
 
 

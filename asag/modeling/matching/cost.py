@@ -1,7 +1,8 @@
-"""The cost of letting a prediction answer for an object (Sparse R-CNN, Section 3.4; DETR, Section 3.1).
+"""The cost of letting a prediction answer for an object (Sparse R-CNN, Section 3.4; DETR, Section
+3.1).
 
-B images, N queries, S stages, K classes, M padded ground truths. Every cost is computed in float32 (or
-float64 when the boxes are) for all stages and images in one go.
+B images, N queries, S stages, K classes, M padded ground truths. Every cost is computed in float32
+(or float64 when the boxes are) for all stages and images in one go.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class MatchingCost:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> MatchingCost:
-        """Reads MODEL.MATCHER.*_COST and what matching shares with the loss from MODEL.CRITERION."""
+        """Reads MODEL.MATCHER.*_COST and what matching shares with the loss from
+        MODEL.CRITERION."""
         return cls(
             class_weight=cfg.MODEL.MATCHER.CLASS_COST,
             l1_weight=cfg.MODEL.MATCHER.L1_COST,

@@ -22,7 +22,8 @@ class NonFiniteCostError(FloatingPointError):
 
 @MATCHER_REGISTRY.register()
 class HungarianMatcher(nn.Module):
-    """Every object gets exactly one query (as far as there are queries), every query at most one object.
+    """Every object gets exactly one query (as far as there are queries), every query at most one
+    object.
 
     The costs of a training step cross from device to host in a single copy; the small assignment
     problems are then solved exactly by scipy.
@@ -86,8 +87,8 @@ def solve_assignment(cost: np.ndarray, usable: np.ndarray, counts: tuple[int, ..
 def _complaint(problem: np.ndarray, stage: int, image: int) -> str:
     bad = ~np.isfinite(problem)
     return (
-        f"{int(bad.sum())} of {bad.size} matching costs are NaN or infinite in stage {stage}, image "
-        f"{image} of the batch ({int(bad.any(axis=1).sum())} queries affected). The predictions "
-        "diverged: lower SOLVER.BASE_LR, keep gradient clipping on, or train in bfloat16 or float32 "
-        "instead of float16."
+        f"{int(bad.sum())} of {bad.size} matching costs are NaN or infinite in stage {stage}, "
+        f"image {image} of the batch ({int(bad.any(axis=1).sum())} queries affected). The predictions "
+        "diverged: lower SOLVER.BASE_LR, keep gradient clipping on, or train in bfloat16 or "
+        "float32 instead of float16."
     )

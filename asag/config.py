@@ -1,0 +1,158 @@
+"""Every configuration key that this library adds to Detectron2's, with meaning, unit and
+default."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode as CN
+from detectron2.config import get_cfg
+
+
+def add_asag_config(cfg: CN) -> None:
+    """Adds the library's keys to a Detectron2 configuration, and sets Detectron2's own defaults
+    where this family of detectors needs others."""
+    _add_input(cfg)
+    _add_model(cfg)
+    _add_decoder(cfg)
+    _add_matching(cfg)
+    _add_solver(cfg)
+    _add_test(cfg)
+
+
+def get_asag_cfg() -> CN:
+    """Detectron2's defaults plus this library's keys."""
+    cfg = get_cfg()
+    add_asag_config(cfg)
+    return cfg
+
+
+def _add_input(cfg: CN) -> None:
+    # Colour order of the image tensors. All detectors here use torchvision's ImageNet weights: RGB.
+    cfg.INPUT.FORMAT = "RGB"
+    # With INPUT.CROP.ENABLED, half of the training images take the path of DETR's augmentation:
+    # resize the short side to one of PRE_RESIZE (pixels), crop INPUT.CROP.SIZE, then resize as the
+    # others.
+    cfg.INPUT.CROP.TYPE = "absolute_range"
+    cfg.INPUT.CROP.SIZE = [384, 600]
+    cfg.INPUT.CROP.PRE_RESIZE = (400, 500, 600)
+    # Probability of that path, 0 to 1.
+    cfg.INPUT.CROP.PROB = 0.5
+    # Images without objects are background worth learning from.
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+
+
+def _add_model(cfg: CN) -> None:
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    # torchvision's ResNet: the stride sits in the 3x3 convolution.
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    # Memory format NHWC for the backbone: faster convolutions on GPUs with tensor cores.
+    cfg.MODEL.CHANNELS_LAST = False
+    # torch.compile for backbone and stages. Pays off after a minute of compilation, on fixed sizes.
+    cfg.MODEL.COMPILE = False
+    # IoU threshold of class-wise non-maximum suppression on the detections, 0 to 1; 0 is off.
+    cfg.MODEL.NMS_THRESH_TEST = 0.0
+    # Number of queries N.
+    cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES = 100
+    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    # RoIAlign: side of the pooled grid and samples a bin and direction.
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
+    cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = 2
+    # Small residual network for training on a CPU ("build_slim_resnet_fpn_backbone"): basic blocks
+    # in each of the four stages, channels of the first stage (doubled from stage to stage), and
+    # norm ("BN" or "GN": it is trained from scratch, so its statistics cannot be frozen).
+    cfg.MODEL.SLIM_RESNET = CN()
+    cfg.MODEL.SLIM_RESNET.BLOCKS = (1, 1, 1, 1)
+    cfg.MODEL.SLIM_RESNET.WIDTH = 16
+    cfg.MODEL.SLIM_RESNET.NORM = "BN"
+
+
+def _add_decoder(cfg: CN) -> None:
+    cfg.MODEL.DECODER = CN()
+    d = cfg.MODEL.DECODER
+    # Refinement stages T.
+    d.NUM_STAGES = 6
+    # Channels of a query; equal to the channels of the features.
+    d.HIDDEN_DIM = 256
+    # Attention heads, a divisor of HIDDEN_DIM.
+    d.NUM_HEADS = 8
+    # Inner width of the feed-forward blocks.
+    d.FFN_DIM = 2048
+    # Dropout rate in attention, residual branches and feed-forward blocks, 0 to 1.
+    d.DROPOUT = 0.0
+    # Activation of feed-forward blocks and towers: "relu" or "gelu".
+    d.ACTIVATION = "relu"
+    # Layers of the towers before the class and the box predictor.
+    d.NUM_CLS_LAYERS = 1
+    d.NUM_REG_LAYERS = 3
+    # Inner width of the dynamic convolution.
+    d.DYNAMIC_DIM = 64
+    # Self-attention among the queries: "msa" (multi-head self-attention).
+    d.SELF_ATTENTION = "msa"
+    # Probability that sigmoid classifiers start with, 0 to 1.
+    d.PRIOR_PROB = 0.01
+
+
+def _add_matching(cfg: CN) -> None:
+    cfg.MODEL.MATCHER = CN()
+    m = cfg.MODEL.MATCHER
+    # "HungarianMatcher": one query an object.
+    m.NAME = "HungarianMatcher"
+    # Weights of the matching cost: class, L1 of normalised boxes, negative GIoU.
+    m.CLASS_COST = 2.0
+    m.L1_COST = 5.0
+    m.GIOU_COST = 2.0
+
+    cfg.MODEL.CRITERION = CN()
+    c = cfg.MODEL.CRITERION
+    c.NAME = "SetCriterion"
+    # "focal" (sigmoid) or "softmax" (cross entropy with a background column); also the kind of
+    # cost.
+    c.CLASS_LOSS = "focal"
+    # Coefficients of the three terms.
+    c.CLASS_WEIGHT = 2.0
+    c.L1_WEIGHT = 5.0
+    c.GIOU_WEIGHT = 2.0
+    # Box format of the L1 term and cost: "xyxy" or "cxcywh", in shares of the image size.
+    c.L1_FORMAT = "xyxy"
+    # Focal loss: weight of positives, 0 to 1, and exponent.
+    c.FOCAL_ALPHA = 0.25
+    c.FOCAL_GAMMA = 2.0
+    # Weight of background in the cross entropy.
+    c.NO_OBJECT_WEIGHT = 0.1
+    # Sums are divided by the number of "objects", or of "positives" of each stage.
+    c.NORMALISER = "objects"
+    # A loss for every stage, or for the last one only.
+    c.DEEP_SUPERVISION = True
+
+
+def _add_solver(cfg: CN) -> None:
+    s = cfg.SOLVER
+    # "ADAMW" or "SGD".
+    s.OPTIMIZER = "ADAMW"
+    s.BASE_LR = 2.5e-5
+    s.WEIGHT_DECAY = 1e-4
+    # Learning rate of the backbone as a multiple of BASE_LR.
+    s.BACKBONE_MULTIPLIER = 1.0
+    # "full_model": one L2 norm over all gradients, as all authors of this family do.
+    s.CLIP_GRADIENTS.ENABLED = True
+    s.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    s.CLIP_GRADIENTS.CLIP_VALUE = 1.0
+    s.CLIP_GRADIENTS.NORM_TYPE = 2.0
+    # Number format of mixed precision (SOLVER.AMP.ENABLED): "float16" or "bfloat16".
+    s.AMP.DTYPE = "float16"
+    # Passes over the training set at which training ends and at which the learning rate drops. When
+    # EPOCHS is positive, MAX_ITER and STEPS follow from it, the batch and the size of the data set;
+    # 0 takes MAX_ITER and STEPS as they stand.
+    s.EPOCHS = 0.0
+    s.EPOCH_STEPS = ()
+    # Images a step for which BASE_LR was chosen, and what to do when the batch differs: "none",
+    # "linear" or "sqrt" scaling of BASE_LR.
+    s.REFERENCE_BATCH = 16
+    s.SCALE_LR = "none"
+    # Forward and backward passes that share one optimiser step; IMS_PER_BATCH counts their sum.
+    s.ACCUMULATE_STEPS = 1
+
+
+def _add_test(cfg: CN) -> None:
+    # Validation images drawn with their predictions after each evaluation.
+    cfg.TEST.NUM_PICTURES = 8

@@ -1,0 +1,54 @@
+"""A residual network of any width, for detectors that a CPU can train.
+
+Detectron2's own R-18 is fixed to 64 channels and to norms that are usually frozen.
+"""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN, ResNet
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
+
+from ..registry import check_choice
+
+
+def build_slim_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
+    """ResNet of basic blocks with `MODEL.SLIM_RESNET` blocks and widths, outputs res2 to res5."""
+    slim = cfg.MODEL.SLIM_RESNET
+    check_choice("MODEL.SLIM_RESNET.NORM", slim.NORM, ("BN", "GN", "SyncBN"))
+    if len(slim.BLOCKS) != 4 or min(slim.BLOCKS) < 1:
+        raise ValueError(
+            f"MODEL.SLIM_RESNET.BLOCKS is {slim.BLOCKS}; it must hold four positive numbers"
+        )
+    stem = BasicStem(in_channels=input_shape.channels, out_channels=slim.WIDTH, norm=slim.NORM)
+    stages, channels = [], slim.WIDTH
+    for i, blocks in enumerate(slim.BLOCKS):
+        out_channels = slim.WIDTH * 2**i
+        stages.append(
+            ResNet.make_stage(
+                BasicBlock,
+                blocks,
+                stride_per_block=[1 if i == 0 else 2] + [1] * (blocks - 1),
+                in_channels=channels,
+                out_channels=out_channels,
+                norm=slim.NORM,
+            )
+        )
+        channels = out_channels
+    return ResNet(stem, stages, out_features=["res2", "res3", "res4", "res5"])
+
+
+@BACKBONE_REGISTRY.register()
+def build_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """`build_slim_resnet` under Detectron2's feature pyramid, outputs p2 to p6."""
+    return FPN(
+        bottom_up=build_slim_resnet(cfg, input_shape),
+        in_features=["res2", "res3", "res4", "res5"],
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,169 @@
+"""Set prediction loss: class, L1 and GIoU of every stage (Sparse R-CNN, Section 3.4; DETR, Eq. 2).
+
+B images, N queries, S stages, K classes, M padded ground truths.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.utils import comm
+from fvcore.nn import sigmoid_focal_loss
+from torch import Tensor, nn
+
+from ...structures import Predictions, Targets
+from ..layers.boxes import at_least_float32, box_giou, xyxy_to_cxcywh
+from ..registry import check_choice
+from .build import CRITERION_REGISTRY
+
+
+@CRITERION_REGISTRY.register()
+class SetCriterion(nn.Module):
+    """Losses of all stages at once, with shapes that do not depend on what was matched.
+
+    Every prediction is compared with *its* ground truth (or with a dummy that is masked out), so
+    several predictions may share one object, images may be empty and nothing needs a loop or a
+    synchronisation. All sums are taken in float32 whatever the autocast.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        class_loss: str = "focal",
+        class_weight: float = 2.0,
+        l1_weight: float = 5.0,
+        giou_weight: float = 2.0,
+        l1_format: str = "xyxy",
+        focal_alpha: float = 0.25,
+        focal_gamma: float = 2.0,
+        no_object_weight: float = 0.1,
+        normaliser: str = "objects",
+        deep_supervision: bool = True,
+    ) -> None:
+        """
+        Args:
+            class_loss: "focal" or "softmax" (cross entropy with a background column, weighted
+                mean).
+            class_weight, l1_weight, giou_weight: coefficients of the three terms.
+            l1_format: "xyxy" or "cxcywh", boxes divided by the image size.
+            focal_alpha, focal_gamma: of the focal loss.
+            no_object_weight: weight of background in the cross entropy.
+            normaliser: divide by the number of "objects" or, per stage, of "positives".
+            deep_supervision: a loss for every stage, or for the last one only.
+        """
+        super().__init__()
+        check_choice("MODEL.CRITERION.CLASS_LOSS", class_loss, ("focal", "softmax"))
+        check_choice("MODEL.CRITERION.L1_FORMAT", l1_format, ("xyxy", "cxcywh"))
+        check_choice("MODEL.CRITERION.NORMALISER", normaliser, ("objects", "positives"))
+        self.class_loss = class_loss
+        self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
+        self.l1_format = l1_format
+        self.focal_alpha = focal_alpha
+        self.focal_gamma = focal_gamma
+        self.no_object_weight = no_object_weight
+        self.normaliser = normaliser
+        self.deep_supervision = deep_supervision
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        c = cfg.MODEL.CRITERION
+        return {
+            "class_loss": c.CLASS_LOSS,
+            "class_weight": c.CLASS_WEIGHT,
+            "l1_weight": c.L1_WEIGHT,
+            "giou_weight": c.GIOU_WEIGHT,
+            "l1_format": c.L1_FORMAT,
+            "focal_alpha": c.FOCAL_ALPHA,
+            "focal_gamma": c.FOCAL_GAMMA,
+            "no_object_weight": c.NO_OBJECT_WEIGHT,
+            "normaliser": c.NORMALISER,
+            "deep_supervision": c.DEEP_SUPERVISION,
+        }
+
+    def forward(
+        self, predictions: Predictions, targets: Targets, assignment: Tensor
+    ) -> dict[str, Tensor]:
+        """Weighted losses `loss_ce`, `loss_bbox`, `loss_giou` of the last stage; `_0`, `_1`, ... of
+        the earlier ones.
+
+        Args:
+            predictions: of all stages.
+            targets: padded ground truth.
+            assignment: (S, B, N) int64, -1 for background.
+        """
+        if not self.deep_supervision:
+            predictions, assignment = predictions.last(), assignment[-1:]
+        matched = (assignment >= 0) & predictions.valid  # (S, B, N)
+        index = assignment.clamp(min=0)
+        norm = self._normaliser(matched, targets)  # (S,)
+        labels = gather_targets(targets.labels, index)  # (S, B, N)
+        terms = {"ce": self.classification(predictions, labels, matched, norm)}
+        terms["bbox"], terms["giou"] = self.boxes(predictions, targets, index, matched, norm)
+        last = predictions.num_stages - 1
+        return {
+            f"loss_{name}" + (f"_{s}" if s < last else ""): self.weights[name] * values[s]
+            for name, values in terms.items()
+            for s in range(last + 1)
+        }
+
+    def classification(
+        self, predictions: Predictions, labels: Tensor, matched: Tensor, norm: Tensor
+    ) -> Tensor:
+        """Unweighted class loss of each stage, (S,)."""
+        logits = at_least_float32(predictions.logits)
+        if self.class_loss == "focal":
+            truth = torch.zeros_like(logits)
+            truth.scatter_(-1, labels[..., None], matched[..., None].to(logits.dtype))
+            loss = sigmoid_focal_loss(
+                logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma, reduction="none"
+            )
+            return (loss * predictions.valid[..., None]).sum(dim=(1, 2, 3)) / norm
+        background = logits.shape[-1] - 1
+        labels = labels.masked_fill(~matched, background)
+        weight = torch.where(matched, 1.0, self.no_object_weight) * predictions.valid
+        loss = F.cross_entropy(logits.flatten(0, 2), labels.flatten(), reduction="none")
+        loss = loss.view(labels.shape) * weight
+        return loss.sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1e-6)
+
+    def boxes(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        index: Tensor,
+        matched: Tensor,
+        norm: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Unweighted L1 and GIoU loss of each stage, both (S,)."""
+        truth = gather_targets(targets.boxes_xyxy, index)  # (S, B, N, 4)
+        # Unmatched predictions are replaced before the arithmetic: masking afterwards would turn an
+        # infinite box into NaN gradients.
+        boxes = torch.where(matched[..., None], at_least_float32(predictions.boxes_xyxy), truth)
+        giou = ((1 - box_giou(boxes, truth)) * matched).sum(dim=(1, 2))
+        scale = targets.image_whwh[:, None]
+        boxes, truth = boxes / scale, truth / scale
+        if self.l1_format == "cxcywh":
+            boxes, truth = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(truth)
+        l1 = ((boxes - truth).abs().sum(dim=-1) * matched).sum(dim=(1, 2))
+        return l1 / norm, giou / norm
+
+    def _normaliser(self, matched: Tensor, targets: Targets) -> Tensor:
+        """(S,) what sums are divided by: mean over the workers, at least one."""
+        if self.normaliser == "positives":
+            count = matched.sum(dim=(1, 2)).to(targets.boxes_xyxy.dtype)
+        else:
+            count = targets.valid.sum().to(targets.boxes_xyxy.dtype).expand(len(matched)).clone()
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(count)
+            count = count / comm.get_world_size()
+        return count.clamp(min=1)
+
+
+def gather_targets(values: Tensor, index: Tensor) -> Tensor:
+    """Picks `values` (B, M, ...) of ground truth `index` (S, B, N) -> (S, B, N, ...)."""
+    stages, batch, count = index.shape
+    tail = values.shape[2:]
+    flat = index.transpose(0, 1).reshape(batch, stages * count)  # (B, S * N)
+    flat = flat.view(batch, -1, *(1 for _ in tail)).expand(-1, -1, *tail)
+    return values.gather(1, flat).view(batch, stages, count, *tail).transpose(0, 1)

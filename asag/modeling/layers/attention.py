@@ -1,0 +1,69 @@
+"""Self-attention among the queries of one image.
+
+B images, N queries, C channels, H heads, D = C / H channels of one head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one packed projection (Vaswani et al., 2017).
+
+    Subclasses change only how values are mixed, by overriding `mix`.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+        """
+        Args:
+            dim: channels C.
+            num_heads: heads H, a divisor of `dim`.
+            dropout: rate on the attention weights while training.
+        """
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(
+                f"MODEL.DECODER.HIDDEN_DIM ({dim}) must be a multiple of MODEL.DECODER.NUM_HEADS "
+                f"({num_heads})"
+            )
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj = nn.Linear(dim, 3 * dim)
+        self.out_proj = nn.Linear(dim, dim)
+        nn.init.zeros_(self.in_proj.bias)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, query: Tensor, boxes_xyxy: Tensor, valid: Tensor | None) -> Tensor:
+        """
+        Args:
+            query: (B, N, C).
+            boxes_xyxy: (B, N, 4) boxes that entered the stage; plain attention does not look at
+                them.
+            valid: (B, N) bool, or None where every query is real. Padded queries are never
+                attended.
+
+        Returns:
+            (B, N, C); rows of padded queries hold finite but meaningless values.
+        """
+        shape = query.shape
+        # (B, N, 3C) -> three of (B, H, N, D)
+        q, k, v = self.in_proj(query).view(*shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = self.mix(q, k, v, boxes_xyxy, valid)
+        return self.out_proj(mixed.transpose(1, 2).reshape(shape))
+
+    def mix(
+        self, q: Tensor, k: Tensor, v: Tensor, boxes_xyxy: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        """Mixes values (B, H, N, D) by softmax(q k^T / sqrt(D))."""
+        mask = None if valid is None else attendable(valid)
+        dropout = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def attendable(valid: Tensor) -> Tensor:
+    """(B, 1, N, N) bool: keys that are real, plus the diagonal so that no row is fully blocked."""
+    diagonal = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
+    return (valid[:, None, :] | diagonal)[:, None]

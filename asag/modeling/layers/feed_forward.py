@@ -1,0 +1,48 @@
+"""Position-wise networks: the feed-forward block of a stage and the towers before its
+predictors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+
+
+def make_activation(name: str) -> nn.Module:
+    """Activation module by its configured name.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"MODEL.DECODER.ACTIVATION is {name!r}; choose one of: {', '.join(ACTIVATIONS)}"
+        )
+    return ACTIVATIONS[name]()
+
+
+class FeedForward(nn.Module):
+    """Residual two-layer network with a norm behind: LN(x + W2 act(W1 x)), (..., C) -> (..., C)."""
+
+    def __init__(
+        self, *, dim: int, hidden_dim: int, activation: str = "relu", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(dim, hidden_dim)
+        self.activation = make_activation(activation)
+        self.inner_dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(hidden_dim, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.linear2(self.inner_dropout(self.activation(self.linear1(x))))
+        return self.norm(x + self.dropout(inner))
+
+
+def make_tower(dim: int, depth: int, activation: str = "relu") -> nn.Sequential:
+    """`depth` times [linear without bias, LayerNorm, activation], width `dim`."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), make_activation(activation)]
+    return nn.Sequential(*layers)

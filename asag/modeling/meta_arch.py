@@ -1,0 +1,231 @@
+"""The corridor: image -> features -> queries -> refined queries -> detections or losses.
+
+A paper is a choice of rooms. The named architectures at the end of this file say which choice each
+paper made; `SparseDetector` itself combines any rooms that fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import (
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    build_backbone,
+    detector_postprocess,
+)
+from detectron2.modeling.backbone import Backbone
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from ..structures import Predictions, Queries, Targets, image_whwh
+from .criterion import build_criterion
+from .matching import build_matcher
+from .postprocess import select_detections
+from .registry import build_room
+
+
+@META_ARCH_REGISTRY.register()
+class SparseDetector(nn.Module):
+    """Backbone, proposal generator, ROI heads, matcher, criterion: Detectron2's `GeneralizedRCNN`
+    for detectors that work on a few hundred queries."""
+
+    rooms: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        proposal_generator: nn.Module,
+        roi_heads: nn.Module,
+        matcher: nn.Module,
+        criterion: nn.Module,
+        pixel_mean: tuple[float, ...],
+        pixel_std: tuple[float, ...],
+        input_format: str = "RGB",
+        top_k: int = 100,
+        nms_threshold: float = 0.0,
+        softmax: bool = False,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        """
+        Args:
+            backbone: image -> feature maps, neck included.
+            proposal_generator: `(features, image_whwh, targets) -> (Queries, losses)`.
+            roi_heads: `(features, Queries) -> Predictions`.
+            matcher: `(predictions, targets) -> assignment`.
+            criterion: `(predictions, targets, assignment) -> losses`.
+            pixel_mean, pixel_std: of the image channels, in the order of `input_format`.
+            input_format: "RGB" or "BGR", the colour order of the input tensors.
+            top_k: detections an image.
+            nms_threshold: class-wise NMS on the detections; 0 is off.
+            softmax: the class logits end with a background column.
+            channels_last: run the backbone in the NHWC memory format.
+            compile: run backbone and stages through `torch.compile`.
+        """
+        super().__init__()
+        self.backbone = backbone
+        self.proposal_generator = proposal_generator
+        self.roi_heads = roi_heads
+        self.matcher = matcher
+        self.criterion = criterion
+        self.input_format = input_format
+        self.top_k = top_k
+        self.nms_threshold = nms_threshold
+        self.softmax = softmax
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        if channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+        if compile:
+            # In place: parameter names stay as they are.
+            self.backbone.compile()
+            for stage in self.roi_heads.stages:
+                stage.compile()
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        cls.check_rooms(cfg)
+        model, backbone = cfg.MODEL, build_backbone(cfg)
+        shape = backbone.output_shape()
+        return {
+            "backbone": backbone,
+            "proposal_generator": build_room(
+                PROPOSAL_GENERATOR_REGISTRY,
+                "MODEL.PROPOSAL_GENERATOR.NAME",
+                model.PROPOSAL_GENERATOR.NAME,
+                cfg,
+                shape,
+            ),
+            "roi_heads": build_room(
+                ROI_HEADS_REGISTRY, "MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, cfg, shape
+            ),
+            "matcher": build_matcher(cfg),
+            "criterion": build_criterion(cfg),
+            "pixel_mean": tuple(model.PIXEL_MEAN),
+            "pixel_std": tuple(model.PIXEL_STD),
+            "input_format": cfg.INPUT.FORMAT,
+            "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "nms_threshold": model.NMS_THRESH_TEST,
+            "softmax": model.CRITERION.CLASS_LOSS == "softmax",
+            "channels_last": model.CHANNELS_LAST,
+            "compile": model.COMPILE,
+        }
+
+    @classmethod
+    def check_rooms(cls, cfg: CfgNode) -> None:
+        """A named architecture insists on what makes it that paper.
+
+        Raises:
+            ValueError: names the key, its value, and the way out.
+        """
+        for key, allowed in cls.rooms.items():
+            value: Any = cfg
+            for part in key.split("."):
+                value = value[part]
+            if value not in allowed:
+                raise ValueError(
+                    f"{key} is {value!r}, but MODEL.META_ARCHITECTURE {cls.__name__!r} means "
+                    f"{' or '.join(map(repr, allowed))}. For free combinations set "
+                    "MODEL.META_ARCHITECTURE to 'SparseDetector'."
+                )
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict]:
+        """Losses while training, detections otherwise.
+
+        Args:
+            batched_inputs: Detectron2's format: `image` (3, H, W) in `input_format`, `instances`
+                while training, `height` and `width` of the wanted output.
+
+        Returns:
+            name -> scalar loss, or a list of `{"instances": Instances}` in the wanted resolution.
+        """
+        images = self.preprocess_images(batched_inputs)
+        targets = self.read_targets(batched_inputs, images) if self.training else None
+        predictions, losses = self.predict(images, targets)
+        if self.training:
+            assignment = self.matcher(predictions, targets)
+            return losses | self.criterion(predictions, targets, assignment)
+        detections = select_detections(
+            predictions,
+            images.image_sizes,
+            top_k=self.top_k,
+            softmax=self.softmax,
+            nms_threshold=self.nms_threshold,
+        )
+        return [
+            {"instances": detector_postprocess(found, *_wanted_size(x, found))}
+            for x, found in zip(batched_inputs, detections, strict=True)
+        ]
+
+    def predict(
+        self, images: ImageList, targets: Targets | None = None
+    ) -> tuple[Predictions, dict[str, Tensor]]:
+        """Predictions of every stage and the proposal generator's own losses."""
+        features: dict[str, Tensor] = self.backbone(images.tensor)
+        queries: Queries
+        queries, losses = self.proposal_generator(features, image_whwh(images), targets)
+        return self.roi_heads(features, queries), losses
+
+    def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Normalises, pads at the right and bottom with zeros, and batches.
+
+        Raises:
+            ValueError: an input is not a (3, H, W) tensor; the message names it.
+        """
+        for x in batched_inputs:
+            image = x.get("image")
+            if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3:
+                found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+                raise ValueError(
+                    f"image of input {x.get('file_name', x.get('image_id', ''))!r} must be a (3, H, "
+                    f"W) tensor in {self.input_format} order, got {found}"
+                )
+        moved = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
+        normalised = [(x - self.pixel_mean) / self.pixel_std for x in moved]
+        images = ImageList.from_tensors(normalised, self.backbone.size_divisibility)
+        images.tensor = images.tensor.contiguous(memory_format=self.memory_format)
+        return images
+
+    def read_targets(self, batched_inputs: list[dict[str, Any]], images: ImageList) -> Targets:
+        """Padded ground truth of a training batch.
+
+        Raises:
+            ValueError: an input has no `instances`, or a label that the classifier does not have.
+        """
+        instances: list[Instances] = []
+        for x in batched_inputs:
+            if "instances" not in x:
+                raise ValueError(
+                    f"training input {x.get('file_name', x.get('image_id', ''))!r} has no 'instances'; "
+                    "use the training mapper (is_train=True)"
+                )
+            instances.append(x["instances"])
+        return Targets.from_instances(instances, image_whwh(images))
+
+
+def _wanted_size(x: dict[str, Any], found: Instances) -> tuple[int, int]:
+    return x.get("height", found.image_size[0]), x.get("width", found.image_size[1])
+
+
+@META_ARCH_REGISTRY.register()
+class SparseRCNN(SparseDetector):
+    """Sparse R-CNN (Sun et al., CVPR 2021): learned proposals, dynamic heads, one-to-one
+    matching."""
+
+    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+        "MODEL.PROPOSAL_GENERATOR.NAME": ("LearnedProposals",),
+        "MODEL.ROI_HEADS.NAME": ("DynamicConvHeads",),
+        "MODEL.DECODER.SELF_ATTENTION": ("msa",),
+        "MODEL.MATCHER.NAME": ("HungarianMatcher",),
+    }

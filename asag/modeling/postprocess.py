@@ -1,0 +1,77 @@
+"""From the last stage's predictions to detections.
+
+B images, N queries, K classes, D detections kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+from torchvision.ops import batched_nms
+
+from ..structures import Predictions
+
+
+def select_detections(
+    predictions: Predictions,
+    image_sizes_hw: list[tuple[int, int]],
+    *,
+    top_k: int,
+    softmax: bool = False,
+    nms_threshold: float = 0.0,
+) -> list[Instances]:
+    """Best-scored detections of each image, in falling order of score.
+
+    With sigmoid scores a query may answer with several classes; with softmax each query gives its
+    best foreground class.
+
+    Args:
+        predictions: only the last stage is read.
+        image_sizes_hw: of the unpadded network inputs, in which the boxes are given.
+        top_k: detections kept an image (fewer where there are fewer candidates).
+        softmax: logits have a background column, last.
+        nms_threshold: class-wise non-maximum suppression among the kept ones above this IoU; 0 is
+            off.
+
+    Returns:
+        One `Instances` an image with `pred_boxes`, `scores`, `pred_classes`; boxes are not clipped.
+    """
+    scores, boxes, classes = top_candidates(predictions, top_k, softmax)
+    return [
+        _to_instances(scores[b], boxes[b], classes[b], size, nms_threshold)
+        for b, size in enumerate(image_sizes_hw)
+    ]
+
+
+def top_candidates(
+    predictions: Predictions, top_k: int, softmax: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (B, D), boxes (B, D, 4), classes (B, D); padded queries have score -1."""
+    logits, boxes = predictions.logits[-1].float(), predictions.boxes_xyxy[-1]
+    if softmax:
+        scores, classes = logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # (B, N)
+        scores = scores.masked_fill(~predictions.valid, -1)
+        scores, query = scores.topk(min(top_k, scores.shape[1]), dim=1)
+        classes = classes.gather(1, query)
+    else:
+        num_classes = logits.shape[-1]
+        scores = logits.sigmoid().masked_fill(~predictions.valid[..., None], -1).flatten(1)
+        scores, flat = scores.topk(min(top_k, scores.shape[1]), dim=1)
+        query = torch.div(flat, num_classes, rounding_mode="floor")
+        classes = flat % num_classes
+    return scores, boxes.gather(1, query[..., None].expand(-1, -1, 4)), classes
+
+
+def _to_instances(
+    scores: Tensor, boxes_xyxy: Tensor, classes: Tensor, size: tuple[int, int], nms: float
+) -> Instances:
+    real = scores >= 0
+    result = Instances(size)
+    result.pred_boxes = Boxes(boxes_xyxy[real])
+    result.scores = scores[real]
+    result.pred_classes = classes[real]
+    if nms > 0:
+        keep = batched_nms(result.pred_boxes.tensor, result.scores, result.pred_classes, nms)
+        result = result[keep]
+    return result

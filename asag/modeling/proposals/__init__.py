@@ -1,0 +1,5 @@
+"""Proposal generators: where queries come from."""
+
+from .learned import LearnedProposals
+
+__all__ = ["LearnedProposals"]
