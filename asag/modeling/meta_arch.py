@@ -188,8 +188,8 @@ class SparseDetector(nn.Module):
             if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3:
                 found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
                 raise ValueError(
-                    f"image of input {x.get('file_name', x.get('image_id', ''))!r} must be a (3, H, "
-                    f"W) tensor in {self.input_format} order, got {found}"
+                    f"image of input {_name(x)!r} must be a (3, H, W) tensor in "
+                    f"{self.input_format} order, got {found}"
                 )
         moved = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         normalised = [(x - self.pixel_mean) / self.pixel_std for x in moved]
@@ -207,11 +207,15 @@ class SparseDetector(nn.Module):
         for x in batched_inputs:
             if "instances" not in x:
                 raise ValueError(
-                    f"training input {x.get('file_name', x.get('image_id', ''))!r} has no 'instances'; "
-                    "use the training mapper (is_train=True)"
+                    f"training input {_name(x)!r} has no 'instances'; use the training mapper "
+                    "(is_train=True)"
                 )
             instances.append(x["instances"])
         return Targets.from_instances(instances, image_whwh(images))
+
+
+def _name(x: dict[str, Any]) -> Any:
+    return x.get("file_name", x.get("image_id", "without a name"))
 
 
 def _wanted_size(x: dict[str, Any], found: Instances) -> tuple[int, int]:

@@ -27,7 +27,8 @@ Checks = Iterator[Check]
 
 
 def compare(check: Check) -> tuple[float, bool]:
-    """Largest absolute error of a check and whether it passes; shapes must agree, NaN never passes."""
+    """Largest absolute error of a check and whether it passes; shapes must agree, NaN never
+    passes."""
     actual = torch.as_tensor(check.actual).detach().double()
     expected = torch.as_tensor(check.expected).detach().double()
     if actual.shape != expected.shape:

@@ -65,7 +65,8 @@ class DynamicConvHeads(nn.Module):
         if channels != {decoder.HIDDEN_DIM}:
             raise ValueError(
                 f"MODEL.DECODER.HIDDEN_DIM is {decoder.HIDDEN_DIM}, but the features named by "
-                f"MODEL.ROI_HEADS.IN_FEATURES have {sorted(channels)} channels (MODEL.FPN.OUT_CHANNELS)"
+                f"MODEL.ROI_HEADS.IN_FEATURES have {sorted(channels)} channels "
+                "(MODEL.FPN.OUT_CHANNELS)"
             )
         focal = cfg.MODEL.CRITERION.CLASS_LOSS == "focal"
 

@@ -88,7 +88,7 @@ def _complaint(problem: np.ndarray, stage: int, image: int) -> str:
     bad = ~np.isfinite(problem)
     return (
         f"{int(bad.sum())} of {bad.size} matching costs are NaN or infinite in stage {stage}, "
-        f"image {image} of the batch ({int(bad.any(axis=1).sum())} queries affected). The predictions "
-        "diverged: lower SOLVER.BASE_LR, keep gradient clipping on, or train in bfloat16 or "
-        "float32 instead of float16."
+        f"image {image} of the batch ({int(bad.any(axis=1).sum())} queries affected). The "
+        "predictions diverged: lower SOLVER.BASE_LR, keep gradient clipping on, or train in "
+        "bfloat16 or float32 instead of float16."
     )
