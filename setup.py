@@ -1,0 +1,57 @@
+"""Package metadata; the versions the tests run on are pinned in requirements.txt."""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+
+class BuildWithConfigs(build_py):
+    """Copy `configs/` into built packages as `asag/model_configs`; an editable install reads it in
+    place."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "asag" / "model_configs"
+            shutil.copytree(ROOT / "configs", target, dirs_exist_ok=True)
+
+
+setup(
+    name="asag",
+    version="0.1.0",
+    description="Sparse, query-based object detectors on Detectron2",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_namespace_packages(include=["asag", "asag.*"]),
+    cmdclass={"build_py": BuildWithConfigs},
+    # No "detectron2" here: PyPI has no project of that name. See tools/install_detectron2.py.
+    install_requires=[
+        "torch>=2.1",
+        "torchvision>=0.16",
+        "numpy>=1.24",
+        "pillow>=9.5",
+        "scipy>=1.10",
+        "fvcore>=0.1.5.post20221221",
+        "iopath>=0.1.9",
+        "yacs>=0.1.8",
+        "omegaconf>=2.1,<2.4",
+        "pycocotools>=2.0.6",
+        "tqdm>=4.60",
+        "termcolor>=1.1",
+        "tabulate>=0.8",
+        "safetensors>=0.4",
+    ],
+    extras_require={
+        "fast": ["faster-coco-eval>=1.6"],
+        "backbones": ["timm>=1.0"],
+        "visual": ["matplotlib>=3.7", "opencv-python-headless>=4.7", "tensorboard>=2.12"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6"],
+    },
+)
