@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from ..structures import Predictions
+from .layers.boxes import at_least_float32
 
 
 def select_detections(
@@ -48,7 +49,7 @@ def top_candidates(
     predictions: Predictions, top_k: int, softmax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores (B, D), boxes (B, D, 4), classes (B, D); padded queries have score -1."""
-    logits, boxes = predictions.logits[-1].float(), predictions.boxes_xyxy[-1]
+    logits, boxes = at_least_float32(predictions.logits[-1]), predictions.boxes_xyxy[-1]
     if softmax:
         scores, classes = logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # (B, N)
         scores = scores.masked_fill(~predictions.valid, -1)

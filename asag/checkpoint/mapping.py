@@ -1,0 +1,64 @@
+"""Translating parameter names between a published layout and this library, in both directions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """An invertible table of parameter names.
+
+    Attributes:
+        source: whose layout this is, for messages.
+        rules: pairs (theirs, ours). `{s}`, `{i}`, ... stand for the same whole number on both
+            sides; a pattern that ends with a dot stands for everything below it. The first rule that fits
+            is taken.
+    """
+
+    source: str
+    rules: tuple[tuple[str, str], ...]
+    _compiled: tuple[list, list] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        forward = [_compile(theirs, ours) for theirs, ours in self.rules]
+        backward = [_compile(ours, theirs) for theirs, ours in self.rules]
+        object.__setattr__(self, "_compiled", (forward, backward))
+
+    def to_ours(self, state: Mapping[str, T]) -> dict[str, T]:
+        """Renames a published state dict. Raises KeyError naming what no rule covers."""
+        return self._rename(state, self._compiled[0], f"in {self.source}")
+
+    def to_theirs(self, state: Mapping[str, T]) -> dict[str, T]:
+        """Renames a state dict of this library. Raises KeyError naming what no rule covers."""
+        return self._rename(state, self._compiled[1], f"that {self.source} has no name for")
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Whether every published name is known to this table."""
+        return all(any(p.match(name) for p, _ in self._compiled[0]) for name in names)
+
+    @staticmethod
+    def _rename(state: Mapping[str, T], rules: list, where: str) -> dict[str, T]:
+        renamed, unknown = {}, []
+        for name, value in state.items():
+            for pattern, template in rules:
+                if found := pattern.match(name):
+                    renamed[template.format(**found.groupdict())] = value
+                    break
+            else:
+                unknown.append(name)
+        if unknown:
+            raise KeyError(f"{len(unknown)} parameter names {where}: {', '.join(unknown[:5])}")
+        return renamed
+
+
+def _compile(source: str, target: str) -> tuple[re.Pattern[str], str]:
+    pattern = re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(source))
+    if source.endswith("."):
+        return re.compile(f"{pattern}(?P<rest>.+)$"), f"{target}{{rest}}"
+    return re.compile(f"{pattern}$"), target
