@@ -1,0 +1,262 @@
+"""Batched optimal transport of predictions to ground truths, exact and by Sinkhorn iterations.
+
+A problem has M suppliers (ground truths), each with a number of units, and N demanders
+(predictions) that take one unit each; the background supplies what is left. Costs are relative to
+the background's: entry (i, j) is the cost of label i minus the cost of the background label for
+prediction j, and the background row is zero. Every marginal is fixed, so this subtraction leaves
+the optimal plan as it is (Dynamic Sparse R-CNN, Eq. 1).
+
+P problems (stages x images), M ground truths, R = M + 1 rows with the background first, N columns.
+
+Supplies may be fractional. A prediction needs one label, not a mixture, so then the answer is the
+cheapest assignment in which row i gets floor(s_i) or ceil(s_i) predictions and floor(sum of s)
+predictions are positive; for whole supplies that is the transport optimum itself.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from .transport_repair import RowBounds, count_rows, repair_assignment
+
+NON_FINITE_PENALTY = 1e3  # above the row's largest finite cost
+LOG_NO_SUPPLY = -1e4  # log of an empty supply: exp() of it is exactly zero, yet it stays finite
+CHECK_EVERY = 10  # Sinkhorn iterations between looks at the stopping rule
+PARALLEL_CELLS = 2_000_000  # below this many cost entries threads cost more than they save
+
+
+class Transport(NamedTuple):
+    """What a solver returns.
+
+    Attributes:
+        assignment: (P, N) int64, ground truth of each prediction, -1 for background.
+        marginal_error: (P,) largest deviation of a column sum of the plan from one.
+        misplaced: (P,) int64, predictions by which the row counts miss their supplies.
+    """
+
+    assignment: Tensor
+    marginal_error: Tensor
+    misplaced: Tensor
+
+
+def finite_cost(cost: Tensor) -> Tensor:
+    """Replaces NaN and infinities by the row's largest finite cost + 1000; (..., M, N) -> same."""
+    finite = cost.isfinite()
+    largest = cost.masked_fill(~finite, -torch.inf).amax(dim=-1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 0)
+    return torch.where(finite, cost, largest + NON_FINITE_PENALTY)
+
+
+def background(cost: Tensor) -> Transport:
+    """The answer to problems (P, M, N) in which nothing can be assigned."""
+    num_problems, _, num_columns = cost.shape
+    return Transport(
+        torch.full((num_problems, num_columns), -1, dtype=torch.long, device=cost.device),
+        torch.zeros(num_problems, device=cost.device),
+        torch.zeros(num_problems, dtype=torch.long, device=cost.device),
+    )
+
+
+def exact_transport(cost: Tensor, supply: Tensor, column_valid: Tensor) -> Transport:
+    """Solves every problem to optimality on the host, with one copy there and one back.
+
+    Each row is repeated once per unit, which makes the problem a rectangular assignment.
+
+    Args:
+        cost: (P, M, N) relative to the background, any float dtype.
+        supply: (P, M), zero on padding; a problem's sum is at most its number of valid columns.
+        column_valid: (P, N) bool, False for padded predictions.
+
+    Returns:
+        The optimum, on the device of `cost`; both error measures are zero.
+    """
+    if cost.numel() == 0:
+        return background(cost)
+    # Supplies travel as one more column, validity as one more row: a single transfer.
+    table = torch.cat((finite_cost(cost), supply.to(cost.dtype)[..., None]), dim=-1)
+    valid = torch.nn.functional.pad(column_valid.to(cost.dtype), (0, 1))[:, None]
+    host = torch.cat((table, valid), dim=1).cpu().numpy()
+    assignment = np.full(column_valid.shape, -1, dtype=np.int64)
+
+    def solve(p: int) -> None:
+        columns = np.flatnonzero(host[p, -1, :-1])
+        rows = np.flatnonzero(host[p, :-1, -1])
+        if rows.size and columns.size:
+            chosen = _solve_one(host[p][np.ix_(rows, columns)], host[p, rows, -1])
+            assignment[p, columns] = np.where(chosen < 0, -1, rows[chosen])
+
+    if host.size < PARALLEL_CELLS:
+        for p in range(len(host)):
+            solve(p)
+    else:  # scipy releases the interpreter lock
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(solve, range(len(host))))
+    solved = torch.from_numpy(assignment).to(cost.device, non_blocking=True)
+    return background(cost)._replace(assignment=solved)
+
+
+def _solve_one(cost: np.ndarray, supply: np.ndarray) -> np.ndarray:
+    """Optimal labels (n,) of one problem (m, n) without padding; -1 is the background."""
+    slack = 1e-4  # float32 noise around whole supplies
+    cost = cost.astype(np.float64)
+    lower = np.floor(supply + slack).astype(np.int64)
+    upper = np.maximum(np.ceil(supply - slack).astype(np.int64), lower)
+    owner = np.repeat(np.arange(len(supply)), upper)  # row behind each unit
+    num_columns = cost.shape[1]
+    table = cost[owner]
+    spare = int(upper.sum()) - int(np.floor(supply.sum() + slack))
+    if spare:
+        # Units beyond the total end in columns that only a row's optional unit may enter, and that
+        # are too tempting to stay empty.
+        first_unit = np.cumsum(upper) - upper
+        optional = np.arange(len(owner)) - first_unit[owner] >= lower[owner]
+        bait = (np.ptp(cost) + 1) * (len(owner) + 1)
+        bin_cost = np.where(optional, -bait, bait)[:, None]
+        table = np.concatenate((table, np.repeat(bin_cost, spare, axis=1)), axis=1)
+    units, columns = linear_sum_assignment(table)
+    labels = np.full(num_columns, -1, dtype=np.int64)
+    served = columns < num_columns
+    labels[columns[served]] = owner[units[served]]
+    return labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinkhornTransport:
+    """Annealed, over-relaxed Sinkhorn iterations in the log domain, then a repair of row counts.
+
+    For any row potentials u, giving each column the row of least `cost - u` is optimal among the
+    assignments with the same row counts (linear programming duality). Sinkhorn iterations are a
+    batched way to potentials whose counts nearly meet the supplies. A problem stops once they do:
+    it is then solved exactly. What the bounded iterations leave, `repair_assignment` mends along
+    shortest paths. No step waits for the device; on the CPU the loop ends once all problems have.
+
+    `epsilon_start == epsilon`, `relaxation=1` and `repair_rounds=0` give OTA's plain iterations.
+
+    Attributes:
+        epsilon: entropy weight of the last iteration, in units of cost.
+        epsilon_start: entropy weight of the first; shrinks geometrically.
+        iterations: bound on the iterations (one column and one row update each).
+        relaxation: factor on every update, in [1, 2).
+        row_rescale: divide each row of the plan by its maximum before reading it, as OTA does.
+        repair_rounds: bound on the units moved afterwards; 0 returns the plan's column-wise argmax.
+    """
+
+    epsilon: float = 0.001
+    epsilon_start: float = 1.0
+    iterations: int = 100
+    relaxation: float = 1.5
+    row_rescale: bool = False
+    repair_rounds: int = 16
+
+    def __post_init__(self) -> None:
+        key = "MODEL.MATCHER.OT"
+        if not 0 < self.epsilon <= self.epsilon_start < float("inf"):
+            raise ValueError(
+                f"{key}.EPS is {self.epsilon} and {key}.EPS_START is {self.epsilon_start}; "
+                "0 < EPS <= EPS_START must hold"
+            )
+        if self.iterations < 1:
+            raise ValueError(f"{key}.ITERS is {self.iterations}; it must be 1 or more")
+        if not 1 <= self.relaxation < 2:
+            raise ValueError(f"{key}.RELAXATION is {self.relaxation}; it must lie in [1, 2)")
+        if self.repair_rounds < 0:
+            raise ValueError(f"{key}.REPAIR_ROUNDS is {self.repair_rounds}; it must be >= 0")
+
+    def __call__(self, cost: Tensor, supply: Tensor, column_valid: Tensor) -> Transport:
+        """Arguments and result as in `exact_transport`, computed in float32."""
+        if cost.numel() == 0:
+            return background(cost)
+        with torch.autocast(cost.device.type, enabled=False):
+            rows = table_with_background(cost, column_valid)
+            bounds = RowBounds.from_supply(supply, column_valid.shape[-1])
+            potentials, assignment, error = self._iterate(rows, supply, bounds)
+            if self.repair_rounds:
+                assignment = repair_assignment(
+                    rows, potentials, assignment, bounds, rounds=self.repair_rounds
+                )
+            missed = bounds.violation(count_rows(assignment, rows.shape[1]))
+        return Transport(assignment - 1, error, missed)
+
+    def schedule(self) -> list[float]:
+        """Entropy weight of every iteration."""
+        ratio = self.epsilon / self.epsilon_start
+        last = max(self.iterations - 1, 1)
+        return [self.epsilon_start * ratio ** (t / last) for t in range(self.iterations)]
+
+    def _iterate(
+        self, rows: Tensor, supply: Tensor, bounds: RowBounds
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Potentials (P, R), assignment (P, N) in 0..M and marginal error (P,) at each one's end.
+
+        The state is (u + v - cost) / epsilon. A normalisation over rows or columns shifts u or v,
+        and a new epsilon scales it, so the potentials themselves are never needed on the way.
+        """
+        log_supply = log_of_supply(supply, rows.shape[-1])[..., None]
+        cheapest = rows.argmin(dim=-1, keepdim=True)  # (P, R, 1), where potentials are read
+        schedule = self.schedule()
+        state = rows / -schedule[0]
+        done = None
+        for t, epsilon in enumerate(schedule):
+            if t and epsilon != schedule[t - 1]:
+                state *= schedule[t - 1] / epsilon
+            state.lerp_(state.log_softmax(dim=1), self.relaxation)
+            state.lerp_(state.log_softmax(dim=2).add_(log_supply), self.relaxation)
+            if (t + 1) % CHECK_EVERY and t + 1 < len(schedule):
+                continue
+            potentials = self._potentials(state, rows, cheapest, epsilon)
+            assignment = (rows - potentials[..., None]).argmin(dim=1)
+            error = (state.logsumexp(dim=1).exp() - 1).abs().amax(dim=-1)
+            met = bounds.violation(count_rows(assignment, rows.shape[1])) == 0
+            if done is None:
+                result, done = (potentials, assignment, error), met
+            else:
+                fresh = (potentials, assignment, error)
+                result = tuple(
+                    torch.where(done.view(-1, *(1,) * (new.dim() - 1)), old, new)
+                    for old, new in zip(result, fresh, strict=True)
+                )
+                done = done | met
+            if done.device.type == "cpu" and bool(done.all()):
+                break
+        return result
+
+    def _potentials(self, state: Tensor, rows: Tensor, cheapest: Tensor, epsilon: float) -> Tensor:
+        """Row potentials (P, R) in units of cost, zero for the background."""
+        entry = state.gather(2, cheapest).squeeze(2)
+        against = state[:, 0].gather(1, cheapest.squeeze(2))
+        # Both costs belong here by definition; the row's own is zero, the background's always is.
+        potentials = epsilon * (entry - against) + rows.gather(2, cheapest).squeeze(2)
+        if self.row_rescale:
+            potentials = potentials - epsilon * state.amax(dim=2)
+            potentials = potentials - potentials[:, :1]
+        return potentials
+
+
+def table_with_background(cost: Tensor, column_valid: Tensor) -> Tensor:
+    """Costs ready for iterating: (P, M, N) -> (P, R, N) float32, background first.
+
+    Every row's minimum is subtracted before the cast, which changes no plan and keeps float32
+    exact for costs with large offsets. Padded columns become ones that only the background can
+    serve for nothing.
+    """
+    cost = finite_cost(cost)
+    lowest = cost.masked_fill(~column_valid[:, None], torch.inf).amin(dim=-1, keepdim=True)
+    cost = cost - torch.where(lowest.isfinite(), lowest, 0)
+    barrier = 2 * cost.abs().amax(dim=(1, 2), keepdim=True) + 1
+    cost = torch.where(column_valid[:, None], cost, barrier)
+    return torch.nn.functional.pad(cost, (0, 0, 1, 0)).float()
+
+
+def log_of_supply(supply: Tensor, num_columns: int) -> Tensor:
+    """(P, M) -> (P, R) logarithms, the background's share of all columns (padded too) first."""
+    rest = num_columns - supply.sum(dim=-1, keepdim=True)
+    every = torch.cat((rest, supply), dim=-1).float()
+    return torch.where(every > 0, every.clamp(min=1e-12).log(), LOG_NO_SUPPLY)
