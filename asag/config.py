@@ -108,6 +108,7 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.NMS_THRESH_TEST = 0.0
     # Number of queries N.
     cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES = 100
+    _add_dynamic_proposals(cfg)
     cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
     # RoIAlign: side of the pooled grid and samples a bin and direction.
     cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
@@ -119,6 +120,34 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.SLIM_RESNET.BLOCKS = (1, 1, 1, 1)
     cfg.MODEL.SLIM_RESNET.WIDTH = 16
     cfg.MODEL.SLIM_RESNET.NORM = "BN"
+    # Swin Transformer ("build_swin_fpn_backbone"), by default Swin-T: channels of the first stage
+    # (doubled from stage to stage), blocks and heads of the four stages, side of a window in
+    # tokens, and the rate at which the last block's residual branches are dropped while training
+    # (falling linearly to 0 at the first block), 0 to 1.
+    cfg.MODEL.SWIN = CN()
+    cfg.MODEL.SWIN.EMBED_DIM = 96
+    cfg.MODEL.SWIN.DEPTHS = (2, 2, 6, 2)
+    cfg.MODEL.SWIN.NUM_HEADS = (3, 6, 12, 24)
+    cfg.MODEL.SWIN.WINDOW_SIZE = 7
+    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
+
+
+def _add_dynamic_proposals(cfg: CN) -> None:
+    cfg.MODEL.PROPOSAL_GENERATOR.DPG = CN()
+    g = cfg.MODEL.PROPOSAL_GENERATOR.DPG
+    # Experts N_e, each a full set of NUM_QUERIES proposals.
+    g.NUM_EXPERTS = 4
+    # Side of the square, in cells, that the image is described on.
+    g.SIZE = 30
+    # Width between the two linear layers that weigh the experts.
+    g.FC_DIM = 1500
+    # Lead fine levels down to the coarsest by depth-wise convolutions; False resizes each by itself.
+    g.STAIRCASE = True
+    # Softmax temperature at the start and at the end, and the share of the training (0 to 1, of
+    # SOLVER.MAX_ITER) in which it falls linearly from one to the other.
+    g.TAU_INIT = 30.0
+    g.TAU_FINAL = 1.0
+    g.TAU_SHARE = 10 / 36
 
 
 def _add_decoder(cfg: CN) -> None:
@@ -141,8 +170,18 @@ def _add_decoder(cfg: CN) -> None:
     d.NUM_REG_LAYERS = 3
     # Inner width of the dynamic convolution.
     d.DYNAMIC_DIM = 64
-    # Self-attention among the queries: "msa" (multi-head self-attention).
+    # Self-attention among the queries: "msa" (multi-head self-attention), "iou_esa" (the same,
+    # weighted by the IoU of the queries' boxes), "iou" (the IoU matrix alone) or "none".
     d.SELF_ATTENTION = "msa"
+    # SELF_ATTENTION "iou": divide each row of the IoU matrix by its sum.
+    d.IOU_ROW_NORMALISE = True
+    # Dynamic channel weighting: each query masks the channels of its box features anew for
+    # classification and for regression, each with its own path to the predictors.
+    d.DCW = False
+    # Disentangled dynamic convolution, an ablation without masks: "none", "half" (each task keeps
+    # half of HIDDEN_DIM up to its predictor) or "full" (projected back to HIDDEN_DIM before its
+    # tower).
+    d.DISENTANGLE = "none"
     # Probability that sigmoid classifiers start with, 0 to 1.
     d.PRIOR_PROB = 0.01
 
@@ -211,3 +250,18 @@ def _add_solver(cfg: CN) -> None:
 def _add_test(cfg: CN) -> None:
     # Validation images drawn with their predictions after each evaluation.
     cfg.TEST.NUM_PICTURES = 8
+    # Test-time augmentation, beside Detectron2's TEST.AUG.ENABLED, MIN_SIZES, MAX_SIZE and FLIP.
+    aug = cfg.TEST.AUG
+    # Augmented copies of an image that go through the network together.
+    aug.BATCH_SIZE = 2
+    # For each of MIN_SIZES the smallest and the largest square root of a box area, in pixels of the
+    # resized image, that is believed at this size; () believes all boxes.
+    aug.SIZE_RANGES = ()
+    # How the detections of all copies become one set: "nms" keeps the best box of each cluster,
+    # "vote" averages the cluster weighted by score.
+    aug.MERGE = "nms"
+    # IoU from which boxes of one class form a cluster, 0 to 1.
+    aug.MERGE_IOU = 0.65
+    # "vote" gives cluster members again with a score lowered by their overlap; below this score
+    # they are dropped, 0 to 1.
+    aug.MIN_SCORE = 0.05
