@@ -9,8 +9,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from asag.data import crowdhuman
-from asag.data.coco_json import DatasetError
 from asag.data.crowdhuman import load_crowdhuman, register_crowdhuman
+from asag.data.errors import DatasetError
 
 
 def person(fbox, **extra):

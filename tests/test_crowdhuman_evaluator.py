@@ -1,5 +1,6 @@
 """The CrowdHuman evaluator inside Detectron2's loop: instances in, percentages and a file out."""
 
+import dataclasses
 import json
 import uuid
 
@@ -12,6 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils import comm
 
+from asag.data.shapes import CROWD, register_shapes
 from asag.evaluation import CrowdHumanEvaluator, crowdhuman_metrics_from_coco
 from asag.evaluation.crowdhuman import DETECTIONS_FILE
 
@@ -156,6 +158,22 @@ def test_unprocessed_images_count_as_empty_and_are_reported(register, caplog):
     with caplog.at_level("WARNING", logger="asag.evaluation.crowdhuman"):
         assert part.evaluate() == full.evaluate()
     assert "3 of 4 images were not processed" in caplog.text
+
+
+def test_generated_crowd_is_evaluated(tmp_path):
+    spec = dataclasses.replace(CROWD, name="crowd_of_a_test", images=(("val", 4),), ignore=1.0)
+    name = "crowd_of_a_test_val"
+    register_shapes(spec, tmp_path)
+    try:
+        evaluator = CrowdHumanEvaluator(name)
+        entries = DatasetCatalog.get(name)
+        evaluator.process(entries, [{"instances": detect(e)} for e in entries])
+        bbox = evaluator.evaluate()["bbox"]
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    assert any(a["iscrowd"] for e in entries for a in e["annotations"])
+    assert bbox["Recall"] > 50
 
 
 def test_reset_forgets(register):

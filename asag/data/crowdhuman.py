@@ -12,6 +12,7 @@ image sizes; these are read from the image headers once and cached.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -26,7 +27,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from asag.data.coco_json import Complaint, DatasetError
+from asag.data.errors import Complaint, DatasetError
 from asag.files import atomic_writer
 
 PERSON = "person"
@@ -251,12 +252,14 @@ def _image_entry(path: Path, cached: list[int] | None) -> list[int] | Complaint:
             return cached
         with Image.open(path) as image:
             width, height = image.size
-            if image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED:
-                width, height = height, width
+            # a broken EXIF block says nothing about orientation; the pixels are fine
+            with contextlib.suppress(Exception):
+                if image.getexif().get(_EXIF_ORIENTATION) in _TRANSPOSED:
+                    width, height = height, width
     except FileNotFoundError:
         remedy = f"unpack all archives of images into {path.parent}; {_DOWNLOAD}"
         return Complaint(str(path), "no such image, but the annotation file lists it", remedy)
-    except OSError as error:  # includes Pillow's complaint about unknown formats
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error
         return Complaint(str(path), f"not a readable image ({error})", f"replace it: {_DOWNLOAD}")
     return [width, height, *stamp]
 
