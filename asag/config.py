@@ -141,7 +141,7 @@ def _add_dynamic_proposals(cfg: CN) -> None:
     g.SIZE = 30
     # Width between the two linear layers that weigh the experts.
     g.FC_DIM = 1500
-    # Lead fine levels down to the coarsest by depth-wise convolutions; False resizes each by itself.
+    # Lead fine levels down to the coarsest by depth-wise convolutions; False resizes each alone.
     g.STAIRCASE = True
     # Softmax temperature at the start and at the end, and the share of the training (0 to 1, of
     # SOLVER.MAX_ITER) in which it falls linearly from one to the other.

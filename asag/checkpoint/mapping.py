@@ -17,8 +17,8 @@ class NameTable:
     Attributes:
         source: whose layout this is, for messages.
         rules: pairs (theirs, ours). `{s}`, `{i}`, ... stand for the same whole number on both
-            sides; a pattern that ends with a dot stands for everything below it. The first rule that fits
-            is taken.
+            sides; a pattern that ends with a dot stands for everything below it. The first rule
+            that fits is taken.
     """
 
     source: str

@@ -1,5 +1,6 @@
 """Proposal generators: where queries come from."""
 
+from .dynamic import DynamicProposals
 from .learned import LearnedProposals
 
-__all__ = ["LearnedProposals"]
+__all__ = ["DynamicProposals", "LearnedProposals"]

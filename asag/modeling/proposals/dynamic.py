@@ -1,0 +1,203 @@
+"""Dynamic proposal generation: experts mixed by what is in the image (Dynamic Sparse R-CNN, Section
+3.3, Fig. 5).
+
+B images, N queries, C channels, E experts, D side of the square that image features are resized to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
+from torch import Tensor, nn
+
+from ...structures import Queries, Targets
+from ..layers.boxes import cxcywh_to_xyxy
+from ..layers.init import xavier_init_matrices
+
+
+class ImageDescriptor(nn.Module):
+    """Feature pyramid -> one D x D map of the whole image, flattened.
+
+    With the staircase, each level is halved by a depth-wise convolution and laid beside the next
+    coarser one, so that fine levels travel down to the coarsest resolution; without it, every level
+    is resized by itself (Table 2). Channels are summed *before* resizing: both are linear, and one
+    channel is resized instead of all.
+    """
+
+    def __init__(self, *, dim: int, num_levels: int, size: int, staircase: bool) -> None:
+        """
+        Args:
+            dim: channels C of each level.
+            num_levels: levels of the pyramid, each half the size of the one before.
+            size: D.
+            staircase: see above.
+        """
+        super().__init__()
+        self.size = size
+        widths = [dim * (i + 1) for i in range(num_levels - 1)] if staircase else []
+        self.halve = nn.ModuleList(
+            nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width) for width in widths
+        )
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """(B, C, H_l, W_l) a level, finest first -> (B, D * D)."""
+        if self.halve:
+            stair = maps[0]
+            for conv, coarser in zip(self.halve, maps[1:], strict=True):
+                stair = torch.cat((conv(stair), coarser), dim=1)
+            maps = [stair]
+        return sum(self._resize(x.sum(dim=1, keepdim=True)) for x in maps).flatten(1)
+
+    def _resize(self, x: Tensor) -> Tensor:
+        size = (self.size, self.size)
+        return F.interpolate(x.float(), size, mode="bilinear", align_corners=False)
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class DynamicProposals(nn.Module):
+    """E sets of learned proposals and a small network that weighs them for each image (Eq. 3).
+
+    The weights are a softmax over experts, separate for each of the N proposals, whose temperature
+    falls linearly while training; the current one is part of the state, so evaluation and resumed
+    training agree with the run. A checkpoint with one set of learned proposals (Sparse R-CNN) loads
+    into all experts: the detector then starts as the one that was trained.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        num_queries: int,
+        num_experts: int,
+        dim: int,
+        in_features: Sequence[str],
+        size: int = 30,
+        hidden_dim: int = 1500,
+        staircase: bool = True,
+        tau_init: float = 30.0,
+        tau_final: float = 1.0,
+        tau_steps: int = 73300,
+    ) -> None:
+        """
+        Args:
+            num_queries: N.
+            num_experts: E.
+            dim: channels C of features and queries.
+            in_features: levels that describe the image, finest first.
+            size: D.
+            hidden_dim: width between the two linear layers of the weight network.
+            staircase: see `ImageDescriptor`.
+            tau_init, tau_final: softmax temperature at the start and at the end of the annealing.
+            tau_steps: training forwards that the annealing takes; 0 starts at the end.
+        """
+        super().__init__()
+        for key, value in (("NUM_EXPERTS", num_experts), ("SIZE", size), ("FC_DIM", hidden_dim)):
+            if value < 1:
+                raise ValueError(
+                    f"MODEL.PROPOSAL_GENERATOR.DPG.{key} is {value}; it must be at least 1"
+                )
+        if min(tau_init, tau_final) <= 0:
+            raise ValueError(
+                f"MODEL.PROPOSAL_GENERATOR.DPG.TAU_INIT ({tau_init}) and TAU_FINAL ({tau_final}) "
+                "must be positive"
+            )
+        self.in_features = tuple(in_features)
+        self.num_experts = num_experts
+        self.tau_init, self.tau_final, self.tau_steps = tau_init, tau_final, tau_steps
+        self.describe = ImageDescriptor(
+            dim=dim, num_levels=len(in_features), size=size, staircase=staircase
+        )
+        self.weigh = nn.Sequential(
+            nn.Linear(size * size, hidden_dim),
+            nn.ReLU(),
+            nn.Linear(hidden_dim, num_experts * num_queries),
+        )
+        for module in (self.describe, self.weigh):
+            xavier_init_matrices(module)
+            for name, parameter in module.named_parameters():
+                if name.endswith("bias"):
+                    nn.init.zeros_(parameter)
+        whole_image = torch.tensor([0.5, 0.5, 1.0, 1.0])
+        self.expert_boxes_cxcywh = nn.Parameter(whole_image.repeat(num_experts, num_queries, 1))
+        self.expert_features = nn.Parameter(torch.randn(num_experts, num_queries, dim))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.register_buffer("temperature", torch.tensor(tau_init if tau_steps else tau_final))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        dpg = cfg.MODEL.PROPOSAL_GENERATOR.DPG
+        if not 0 <= dpg.TAU_SHARE <= 1:
+            raise ValueError(
+                f"MODEL.PROPOSAL_GENERATOR.DPG.TAU_SHARE is {dpg.TAU_SHARE}; it must lie in [0, 1]"
+            )
+        forwards = cfg.SOLVER.MAX_ITER * cfg.SOLVER.ACCUMULATE_STEPS
+        return {
+            "num_queries": cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES,
+            "num_experts": dpg.NUM_EXPERTS,
+            "dim": cfg.MODEL.DECODER.HIDDEN_DIM,
+            "in_features": cfg.MODEL.ROI_HEADS.IN_FEATURES,
+            "size": dpg.SIZE,
+            "hidden_dim": dpg.FC_DIM,
+            "staircase": dpg.STAIRCASE,
+            "tau_init": dpg.TAU_INIT,
+            "tau_final": dpg.TAU_FINAL,
+            "tau_steps": round(dpg.TAU_SHARE * forwards),
+        }
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        image_whwh: Tensor,
+        targets: Targets | None = None,
+    ) -> tuple[Queries, dict[str, Tensor]]:
+        """
+        Args:
+            features: name -> (B, C, H, W).
+            image_whwh: (B, 4) size of each unpadded image.
+            targets: not needed.
+
+        Returns:
+            Queries (B, N) and no losses.
+        """
+        # Products and sums, not matrix products: autocast must not round boxes to half precision.
+        weights = self.expert_weights(features)[..., None]  # (B, E, N, 1)
+        boxes_cxcywh = (weights * self.expert_boxes_cxcywh).sum(dim=1)
+        content = (weights * self.expert_features).sum(dim=1)
+        queries = Queries(
+            content=content,
+            valid=torch.ones(content.shape[:2], dtype=torch.bool, device=content.device),
+            boxes_xyxy=cxcywh_to_xyxy(boxes_cxcywh) * image_whwh[:, None],
+            all_valid=True,
+        )
+        return queries, {}
+
+    def expert_weights(self, features: dict[str, Tensor]) -> Tensor:
+        """(B, E, N) float32, summing to one over the experts of each proposal."""
+        if self.training:
+            self._anneal()
+        scores = self.weigh(self.describe([features[f] for f in self.in_features]))
+        scores = scores.float().view(len(scores), self.num_experts, -1)
+        return (scores / self.temperature).softmax(dim=1)
+
+    @torch.no_grad()
+    def _anneal(self) -> None:
+        """Temperature of this training step; computed on the device, where the step count lives."""
+        if self.tau_steps:
+            progress = (self.steps / self.tau_steps).clamp(max=1)
+            self.temperature.copy_(self.tau_init + (self.tau_final - self.tau_init) * progress)
+        self.steps += 1
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        for single, experts in (
+            ("features", "expert_features"),
+            ("boxes_cxcywh", "expert_boxes_cxcywh"),
+        ):
+            if prefix + single in state_dict and prefix + experts not in state_dict:
+                value = state_dict.pop(prefix + single)
+                state_dict[prefix + experts] = value.expand(self.num_experts, *value.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
