@@ -65,7 +65,8 @@ EDITS: tuple[Edit, ...] = (
     Edit(
         "export/__init__.py",
         "from .api import *",
-        "try:\n    from .api import *\nexcept ImportError:  # needs caffe2\n    pass",
+        "try:\n    from .api import *\n"
+        "except ImportError:  # caffe2 is gone from PyTorch\n    pass",
         1,
         "PyTorch ships no caffe2; TracingAdapter and the FLOP counter must stay importable",
     ),
