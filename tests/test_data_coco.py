@@ -1,0 +1,520 @@
+"""COCO-format folders: what is found, what is reported, what is mended, and what stops the run."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+from PIL import Image
+
+from asag.data import (
+    CocoSplit,
+    DatasetError,
+    find_coco_splits,
+    register_coco_folder,
+    register_coco_splits,
+)
+from asag.data.coco_json import read_coco_table
+from asag.data.coco_report import inspect_table
+from asag.data.coco_split import main as split_main
+from asag.data.coco_split import split_coco_json
+
+CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
+
+
+def coco(first: int = 1, count: int = 3) -> dict:
+    """A valid file: `count` images of 200x100; all but the last have a cat and a dog."""
+    ids = range(first, first + count)
+    annotations = []
+    for i in ids[:-1]:
+        for category, box in ((3, [10, 20, 30, 40]), (7, [0, 0, 100.5, 99])):
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": i,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": box[2] * box[3],
+                    "iscrowd": 0,
+                }
+            )
+    return {
+        "info": {},
+        "images": [{"id": i, "file_name": f"{i}.png", "height": 100, "width": 200} for i in ids],
+        "annotations": annotations,
+        "categories": copy.deepcopy(CATEGORIES),
+    }
+
+
+def write(path: Path, data: dict | str, images: Path | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    if images is not None and isinstance(data, dict):
+        images.mkdir(parents=True, exist_ok=True)
+        for image in data["images"]:
+            Image.new("RGB", (200, 100)).save(images / image["file_name"])
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A healthy data set."""
+    root = tmp_path / "pets"
+    write(root / "annotations" / "train.json", coco(), root / "images")
+    write(root / "annotations" / "val.json", coco(first=11), root / "images")
+    return root
+
+
+def register(folder: Path, **values):
+    return register_coco_folder(folder, output_dir=folder.parent / "out", **values)
+
+
+def inspect(folder: Path, data: dict):
+    path = write(folder / "annotations" / "changed.json", data)
+    return inspect_table(read_coco_table(path, (folder / "images",)), "changed")
+
+
+# What a healthy folder becomes.
+
+
+def test_registered_dicts_and_metadata(folder):
+    made = register(folder)
+    assert (made.train, made.val) == ("pets_train", "pets_val")
+    assert made.class_names == ("cat", "dog")  # by category id
+    samples = DatasetCatalog.get("pets_train")
+    assert [s["image_id"] for s in samples] == [1, 2, 3]
+    assert samples[0] == {
+        "file_name": str(folder / "images" / "1.png"),
+        "height": 100,
+        "width": 200,
+        "image_id": 1,
+        "annotations": [
+            {
+                "bbox": [10.0, 20.0, 30.0, 40.0],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": 0,
+                "iscrowd": 0,
+            },
+            {
+                "bbox": [0.0, 0.0, 100.5, 99.0],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": 1,
+                "iscrowd": 0,
+            },
+        ],
+    }
+    assert samples[2]["annotations"] == []
+    metadata = MetadataCatalog.get("pets_val")
+    assert metadata.thing_classes == ["cat", "dog"]
+    assert metadata.thing_dataset_id_to_contiguous_id == {3: 0, 7: 1}
+    assert metadata.json_file == str(folder / "annotations" / "val.json")
+    assert metadata.image_root == str(folder / "images")
+    assert metadata.evaluator_type == "coco"
+
+
+def test_dicts_equal_detectron2s(folder):
+    from detectron2.data.datasets.coco import load_coco_json
+
+    data = coco(count=6)
+    order = np.random.default_rng(0).permutation(len(data["annotations"]))
+    data["annotations"] = [data["annotations"][i] for i in order]  # annotations in any order
+    path = write(folder / "annotations" / "train.json", data, folder / "images")
+    register(folder)
+    expected = load_coco_json(str(path), str(folder / "images"), "pets_reference")
+    for ours, theirs in zip(DatasetCatalog.get("pets_train"), expected, strict=True):
+        assert ours == theirs
+
+
+def test_report_counts(folder):
+    data = coco()
+    crowd = {"id": 50, "image_id": 2, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1}
+    data["annotations"].append(crowd | {"area": 81})
+    report, _ = inspect(folder, data)
+    assert (report.images, report.empty_images, report.boxes, report.crowd_boxes) == (3, 1, 5, 1)
+    assert report.boxes_per_class == ((0, 2, 0), (0, 0, 2))
+    assert report.max_boxes_per_image == 3
+    assert report.mean_boxes_per_image == pytest.approx(5 / 3)
+    assert report.warnings == []
+    table = report.table()
+    assert "3 images (1 empty)" in table
+    assert "note" not in table
+    (cat_row,) = (line for line in table.splitlines() if line.split()[0] == "cat")
+    assert cat_row.split() == ["cat", "0", "2", "0", "2"]
+
+
+def test_registering_again_replaces_but_never_takes_a_foreign_name(folder):
+    register(folder)
+    write(folder / "annotations" / "train.json", coco(count=2))
+    register(folder)
+    assert len(DatasetCatalog.get("pets_train")) == 2
+    with pytest.raises(DatasetError, match=r"coco_2017_train.*another"):
+        register(folder, name="coco_2017")
+
+
+@pytest.mark.parametrize(
+    ("train_json", "train_images", "val_json", "val_images"),
+    [
+        ("annotations/train.json", "images", "annotations/val.json", "images"),
+        ("annotations/train.json", "images/train", "annotations/val.json", "images/val"),
+        ("annotations/train.json", "train", "annotations/val.json", "val"),
+        (
+            "annotations/instances_train2017.json",
+            "train2017",
+            "annotations/instances_val2017.json",
+            "val2017",
+        ),
+        (
+            "annotations/instances_train2017.json",
+            "images/train2017",
+            "annotations/instances_val2017.json",
+            "images/val2017",
+        ),
+        ("train/_annotations.coco.json", "train", "valid/_annotations.coco.json", "valid"),
+        ("train/_annotations.coco.json", "train", "val/_annotations.coco.json", "val"),
+        ("train.json", "images", "val.json", "images"),
+        ("train.json", ".", "val.json", "."),
+    ],
+)
+def test_layouts(tmp_path, train_json, train_images, val_json, val_images):
+    root = tmp_path / "data-set 1"
+    write(root / train_json, coco(), root / train_images)
+    write(root / val_json, coco(first=11), root / val_images)
+    # Annotations beside images are found even if an empty folder has a likelier name.
+    (root / "images").mkdir(exist_ok=True)
+    made = register(root)
+    assert made.train == "data_set_1_train"
+    for name, images in ((made.train, train_images), (made.val, val_images)):
+        samples = DatasetCatalog.get(name)
+        assert all(Path(s["file_name"]).is_file() for s in samples)
+        assert Path(samples[0]["file_name"]).parent == (root / images)
+
+
+def test_explicit_files(folder):
+    split = CocoSplit(folder / "annotations" / "train.json", (folder / "images",))
+    made = register_coco_splits("explicit", train=split, val=None, output_dir=folder)
+    assert made.train == made.val == "explicit_train"
+    assert "explicit_val" not in DatasetCatalog
+
+
+def test_missing_val_says_what_to_do(folder):
+    (folder / "annotations" / "val.json").unlink()
+    with pytest.raises(DatasetError, match=r"coco_split .*evaluate_on_train=True"):
+        register(folder)
+    made = register(folder, evaluate_on_train=True)
+    assert made.val == made.train
+
+
+def test_unknown_layouts(tmp_path, folder):
+    with pytest.raises(DatasetError, match="no such folder"):
+        find_coco_splits(tmp_path / "absent")
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(DatasetError, match=r"(?s)no training annotations.*instances_train"):
+        register(tmp_path / "bare")
+    for year in (2014, 2017):
+        write(tmp_path / "two" / "annotations" / f"instances_train{year}.json", coco())
+    with pytest.raises(DatasetError, match=r"train2014\.json, annotations/instances_train"):
+        find_coco_splits(tmp_path / "two")
+
+
+# What stops the run: one exact error, naming file, entry and remedy.
+
+
+def drop(section: str, row: int, key: str):
+    return lambda data: data[section][row].pop(key)
+
+
+def put(section: str, row: int, **values):
+    return lambda data: data[section][row].update(values)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda data: data.pop("annotations"), "key 'annotations' is missing"),
+        (lambda data: data.update(images={}), "key 'images' is not a list"),
+        (lambda data: data.update(images=[]), "'images' is empty"),
+        (lambda data: data.update(categories=[]), "'categories' is empty"),
+        (lambda data: data["images"].append(3), r"images\[3\] is not an object"),
+        (lambda data: data.update(annotations=[]), "no usable box among 0"),
+        (drop("images", 1, "file_name"), r"images\[1\] \(id 2\): 'file_name' is missing"),
+        (drop("images", 1, "id"), r"images\[1\]: 'id' is missing"),
+        (put("images", 0, id=2), "image id 2 is used more than once"),
+        (put("images", 0, width=-4), r"images\[0\] \(id 1\): height = 100, width = -4"),
+        (put("images", 0, width="wide"), "width = 'wide'"),
+        (drop("annotations", 2, "bbox"), r"annotations\[2\] \(id 3\): 'bbox' is missing"),
+        (put("annotations", 2, bbox=[1, 2, 3]), r"annotations\[2\] \(id 3\): 'bbox' = \[1, 2, 3\]"),
+        (put("annotations", 2, bbox=[1, 2, None, 3]), r"'bbox' = \[1, 2, None, 3\]"),
+        (put("annotations", 2, bbox=["1", "2", "3", "4"]), r"'bbox' = \['1'"),
+        (drop("annotations", 0, "image_id"), "'image_id' is missing"),
+        (drop("annotations", 0, "category_id"), "'category_id' is missing"),
+        (put("annotations", 0, category_id=9), r"1 annotation\(s\) use category id 9.*\[3, 7\]"),
+        (put("annotations", 0, category_id=[3]), r"'category_id' = \[3\]"),
+        (put("categories", 0, id=3), "category id 3 is used more than once"),
+        (put("categories", 0, name="cat"), r"'cat' stands for ids \[3, 7\]"),
+        (drop("categories", 0, "name"), r"categories\[0\] \(id 7\): 'name' is missing"),
+    ],
+)
+def test_broken_files(folder, break_it, message):
+    data = coco()
+    break_it(data)
+    path = write(folder / "annotations" / "train.json", data)
+    with pytest.raises(DatasetError, match=f"(?s){message}") as error:
+        register(folder)
+    assert str(path) in str(error.value)
+    assert "-> " in str(error.value)
+    assert all(complaint.remedy for complaint in error.value.complaints)
+
+
+def test_unreadable_json_has_line_and_column(folder):
+    write(folder / "annotations" / "train.json", '{\n "images": [1,\n}')
+    with pytest.raises(DatasetError, match=r"train\.json: not valid JSON at line 3, column 1"):
+        register(folder)
+    (folder / "annotations" / "train.json").write_bytes(b'{"a": "\xff\xfe\xff"}')
+    with pytest.raises(DatasetError, match="UTF-8"):
+        register(folder)
+    write(folder / "annotations" / "train.json", "[]")
+    with pytest.raises(DatasetError, match="holds a list"):
+        register(folder)
+
+
+def test_all_complaints_come_at_once_and_long_lists_are_cut(folder):
+    data = coco(count=40)
+    for annotation in data["annotations"]:
+        annotation["bbox"] = None
+    data["images"][0]["id"] = 2
+    write(folder / "annotations" / "train.json", data)
+    write(folder / "annotations" / "val.json", "{")
+    with pytest.raises(DatasetError) as error:
+        register(folder)
+    text = str(error.value)
+    assert "image id 2" in text
+    assert "annotations[4]" in text
+    assert "annotations[5]" not in text
+    assert "73 more entries" in text
+    assert "val.json: not valid JSON" in text
+
+
+def test_missing_images(folder):
+    for name in ("1.png", "2.png"):
+        (folder / "images" / name).unlink()
+    with pytest.raises(DatasetError, match=r"2 of 3 image files are not in .*first: 1\.png"):
+        register(folder)
+
+
+def test_classes_must_agree(folder):
+    data = coco(first=11)
+    data["categories"] = [{"id": 3, "name": "cat"}, {"id": 7, "name": "cow"}]
+    write(folder / "annotations" / "val.json", data)
+    with pytest.raises(DatasetError, match=r"lacks \['dog'\] and adds \['cow'\]"):
+        register(folder)
+
+
+# What is mended, counted, and told.
+
+
+def test_odd_boxes_are_counted(folder):
+    data = coco()
+    odd = [
+        [5, 5, 0, 10],
+        [5, 5, 10, -1],
+        [float("nan"), 5, 10, 10],
+        [5, 5, float("inf"), 10],
+        [5, 5, 1, 20],
+        [190, 90, 30, 30],
+        [-5, 5, 10, 10],
+        [300, 5, 10, 10],
+        [199.5, 99.5, 1.2, 1.2],
+    ]
+    for i, box in enumerate(odd):
+        entry = {"id": 100 + i, "image_id": 3, "category_id": 3, "bbox": box, "iscrowd": 0}
+        data["annotations"].append(entry | {"area": 1})
+    entry = {"id": 200, "image_id": 99, "category_id": 3, "bbox": [0, 0, 9, 9]}
+    data["annotations"].append(entry | {"area": 81, "iscrowd": 0})
+    report, usable = inspect(folder, data)
+    assert report.invalid_boxes == 4
+    assert report.thin_boxes == 5
+    assert report.boxes_beyond_image == 2
+    assert report.boxes_outside_image == 1
+    assert report.boxes_without_image == 1
+    assert report.empty_images == 0
+    kept = usable.boxes_xywh.tolist()
+    assert len(kept) == 4 + 5
+    assert all(box not in kept for box in odd[:4])
+    text = report.table()
+    for sentence in (
+        "4 box(es) without a positive",
+        "1 annotation(s) of images not in the file",
+        "1 box(es) lie outside",
+        "2 box(es) reach beyond",
+        "1 box(es) are at most 1 pixel",
+        "cleaned copy: 5 unusable annotations",
+    ):
+        assert sentence in text
+
+
+def test_a_few_missing_images_are_dropped(folder):
+    data = coco(count=5)
+    write(folder / "annotations" / "train.json", data, folder / "images")
+    (folder / "images" / "2.png").unlink()
+    made = register(folder)
+    assert made.reports[0].missing_files == 1
+    samples = DatasetCatalog.get("pets_train")
+    assert [s["image_id"] for s in samples] == [1, 3, 4, 5]
+    assert [len(s["annotations"]) for s in samples] == [2, 2, 2, 0]
+    assert json.loads(Path(MetadataCatalog.get("pets_train").json_file).read_text())["images"] == [
+        image for image in data["images"] if image["id"] != 2
+    ]
+
+
+def test_sizes_are_read_from_the_images(folder):
+    data = coco()
+    for image in data["images"]:
+        del image["height"], image["width"]
+    write(folder / "annotations" / "train.json", data)
+    register(folder)
+    assert {(s["height"], s["width"]) for s in DatasetCatalog.get("pets_train")} == {(100, 200)}
+    (folder / "images" / "2.png").write_text("no picture")
+    with pytest.raises(DatasetError, match=r"2\.png: cannot read image"):
+        register(folder)
+
+
+def test_empty_parent_category_with_a_used_name_is_left_out(folder):
+    for split, first in (("train", 1), ("val", 11)):
+        data = coco(first=first)
+        data["categories"].append({"id": 0, "name": "cat"})
+        write(folder / "annotations" / f"{split}.json", data)
+    made = register(folder)
+    assert made.class_names == ("cat", "dog")
+    assert "ids [0]" in made.reports[0].table()
+
+
+def test_unused_class_is_told(folder):
+    data = coco()
+    data["categories"].append({"id": 0, "name": "animals"})
+    assert "no boxes of class animals" in inspect(folder, data)[0].table()
+
+
+def perfect_ap(name: str, output_dir: Path) -> dict:
+    """COCOEvaluator's results for predictions equal to the registered ground truth."""
+    evaluator = COCOEvaluator(name, ("bbox",), False, output_dir=str(output_dir))
+    evaluator.reset()
+    for sample in DatasetCatalog.get(name):
+        annotations = [a for a in sample["annotations"] if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in annotations]).reshape(-1, 4)
+        instances = Instances((sample["height"], sample["width"]))
+        instances.pred_boxes = Boxes(torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1))
+        labels = [a["category_id"] for a in annotations]
+        instances.pred_classes = torch.tensor(labels, dtype=torch.int64)
+        instances.scores = torch.ones(len(labels))
+        evaluator.process([sample], [{"instances": instances}])
+    return evaluator.evaluate()["bbox"]
+
+
+def without_extras(data: dict) -> None:
+    del data["info"]
+    for annotation in data["annotations"]:
+        del annotation["area"], annotation["iscrowd"], annotation["id"]
+
+
+def ids_from_zero(data: dict) -> None:
+    for i, annotation in enumerate(data["annotations"]):
+        annotation["id"] = i
+
+
+def one_id_for_all(data: dict) -> None:
+    for annotation in data["annotations"]:
+        annotation["id"] = 5
+
+
+def other_category_order(data: dict) -> None:
+    """The same names under other ids: dog comes first."""
+    new_id = {3: 20, 7: 10}
+    for category in data["categories"]:
+        category["id"] = new_id[category["id"]]
+    for annotation in data["annotations"]:
+        annotation["category_id"] = new_id[annotation["category_id"]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda data: None, without_extras, ids_from_zero, one_id_for_all, other_category_order],
+)
+def test_evaluation_of_mended_files_scores_100(folder, tmp_path, change):
+    data = coco(first=11)
+    data["annotations"] = data["annotations"][:3]  # one dog, two cats
+    change(data)
+    path = write(folder / "annotations" / "val.json", data)
+    before = path.read_bytes()
+    made = register(folder)
+    results = perfect_ap(made.val, tmp_path / "eval")
+    for metric in ("AP", "AP-cat", "AP-dog"):
+        assert results[metric] == pytest.approx(100.0)
+    assert path.read_bytes() == before
+    mended = MetadataCatalog.get(made.val).json_file != str(path)
+    assert mended == bool(made.reports[1].repairs)
+    labels = [a["category_id"] for s in DatasetCatalog.get(made.val) for a in s["annotations"]]
+    assert labels == [0, 1, 0]
+
+
+# Splitting a file.
+
+
+def test_split_shares_out_images(tmp_path):
+    data = coco(count=20) | {"licenses": ["kept"]}
+    source = write(tmp_path / "all.json", data)
+    train, val = tmp_path / "s" / "train.json", tmp_path / "s" / "val.json"
+    assert split_coco_json(source, train, val, val_fraction=0.25, seed=3) == (15, 5)
+    parts = [json.loads(path.read_text()) for path in (train, val)]
+    for part in parts:
+        assert part["licenses"] == ["kept"]
+        ids = {image["id"] for image in part["images"]}
+        assert {a["image_id"] for a in part["annotations"]} <= ids
+    for key in ("images", "annotations"):
+        together = sorted(parts[0][key] + parts[1][key], key=lambda entry: entry["id"])
+        assert together == data[key]
+    with pytest.raises(FileExistsError, match=r"train\.json"):
+        split_coco_json(source, train, val)
+    again = tmp_path / "t.json", tmp_path / "v.json"
+    split_coco_json(source, *again, val_fraction=0.25, seed=3)
+    assert again[1].read_bytes() == val.read_bytes()
+
+
+def test_split_refuses_what_cannot_be_split(tmp_path):
+    targets = tmp_path / "t.json", tmp_path / "v.json"
+    source = write(tmp_path / "all.json", coco(count=2))
+    with pytest.raises(ValueError, match=r"between 0 and 1, not 1\.5"):
+        split_coco_json(source, *targets, val_fraction=1.5)
+    with pytest.raises(DatasetError, match=r"2 image\(s\) cannot be split"):
+        split_coco_json(source, *targets, val_fraction=0.1)
+
+
+def test_split_command(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "train.json", coco(count=10))
+    monkeypatch.setattr("sys.argv", ["coco_split", str(source)])
+    split_main()
+    assert "train.json: 8 images" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        split_main()
+    assert stop.value.code == 1
+    assert "exists" in capsys.readouterr().err
+
+
+# Real photographs with degenerate boxes.
+
+
+def test_bccd(shared_dir, tmp_path):
+    made = register_coco_folder(shared_dir / "data" / "bccd", output_dir=tmp_path)
+    assert made.class_names == ("RBC", "WBC", "Platelets")
+    train, val = made.reports
+    assert (train.images, train.boxes, val.images, val.boxes) == (205, 2805, 87, 1138)
+    assert (train.invalid_boxes, val.invalid_boxes) == (0, 0)
+    assert (train.thin_boxes, val.thin_boxes) == (1, 1)
+    assert train.missing_files == 0
+    assert sum(map(sum, train.boxes_per_class)) == 2805
+    assert len(DatasetCatalog.get(made.train)) == 205
+    assert perfect_ap(made.val, tmp_path / "eval")["AP"] == pytest.approx(100.0)
