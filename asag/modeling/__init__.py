@@ -1,6 +1,13 @@
 """Models; importing this package registers all of them."""
 
 from . import backbone, heads, proposals
-from .meta_arch import SparseDetector, SparseRCNN
+from .meta_arch import IoUEnhancedSparseRCNN, SparseDetector, SparseRCNN
 
-__all__ = ["SparseDetector", "SparseRCNN", "backbone", "heads", "proposals"]
+__all__ = [
+    "IoUEnhancedSparseRCNN",
+    "SparseDetector",
+    "SparseRCNN",
+    "backbone",
+    "heads",
+    "proposals",
+]

@@ -231,5 +231,22 @@ class SparseRCNN(SparseDetector):
         "MODEL.PROPOSAL_GENERATOR.NAME": ("LearnedProposals",),
         "MODEL.ROI_HEADS.NAME": ("DynamicConvHeads",),
         "MODEL.DECODER.SELF_ATTENTION": ("msa",),
+        "MODEL.DECODER.DCW": (False,),
+        "MODEL.DECODER.DISENTANGLE": ("none",),
+        "MODEL.MATCHER.NAME": ("HungarianMatcher",),
+    }
+
+
+@META_ARCH_REGISTRY.register()
+class IoUEnhancedSparseRCNN(SparseDetector):
+    """Sparse R-CNN with IoU-enhanced attention and dynamic channel weighting (Zhao et al., ECCV
+    2022)."""
+
+    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+        "MODEL.PROPOSAL_GENERATOR.NAME": ("LearnedProposals",),
+        "MODEL.ROI_HEADS.NAME": ("DynamicConvHeads",),
+        "MODEL.DECODER.SELF_ATTENTION": ("iou_esa",),
+        "MODEL.DECODER.DCW": (True,),
+        "MODEL.DECODER.DISENTANGLE": ("none",),
         "MODEL.MATCHER.NAME": ("HungarianMatcher",),
     }

@@ -1,6 +1,15 @@
 """ROI heads: how queries are refined."""
 
+from .channel_weighting import ChannelWeightedInteraction
+from .disentangled import DisentangledInteraction
 from .dynamic_heads import DynamicConvHeads
+from .iou_esa import IoUEnhancedSelfAttention
 from .stage import DynamicConvStage
 
-__all__ = ["DynamicConvHeads", "DynamicConvStage"]
+__all__ = [
+    "ChannelWeightedInteraction",
+    "DisentangledInteraction",
+    "DynamicConvHeads",
+    "DynamicConvStage",
+    "IoUEnhancedSelfAttention",
+]

@@ -25,6 +25,7 @@ class DynamicInteraction(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.task_dim = dim
         self.conv = DynamicConv(dim=dim, dynamic_dim=dynamic_dim)
         self.project = RoIProjection(dim=dim, num_positions=num_positions)
         self.dropout = nn.Dropout(dropout)

@@ -34,7 +34,8 @@ class DynamicConvStage(nn.Module):
         """
         Args:
             attention: `(query, boxes_xyxy, valid) -> (B, N, C)`.
-            interaction: `(query, roi_features) -> (class query, box query, next query)`.
+            interaction: `(query, roi_features) -> (class query, box query, next query)`; its
+                `task_dim` is the width of the first two.
             dim: channels C.
             num_logits: K, or K + 1 with a background column.
             num_cls_layers, num_reg_layers: depth of the towers.
@@ -47,10 +48,11 @@ class DynamicConvStage(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
         self.interaction = interaction
-        self.cls_tower = make_tower(dim, num_cls_layers, activation)
-        self.reg_tower = make_tower(dim, num_reg_layers, activation)
-        self.class_logits = nn.Linear(dim, num_logits)
-        self.box_deltas = nn.Linear(dim, 4)
+        task_dim: int = interaction.task_dim
+        self.cls_tower = make_tower(task_dim, num_cls_layers, activation)
+        self.reg_tower = make_tower(task_dim, num_reg_layers, activation)
+        self.class_logits = nn.Linear(task_dim, num_logits)
+        self.box_deltas = nn.Linear(task_dim, 4)
         xavier_init_matrices(self)
         # Only this bias: matching it by its length would also hit norms and box deltas of equal
         # size.

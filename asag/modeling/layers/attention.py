@@ -48,11 +48,15 @@ class SelfAttention(nn.Module):
         Returns:
             (B, N, C); rows of padded queries hold finite but meaningless values.
         """
-        shape = query.shape
-        # (B, N, 3C) -> three of (B, H, N, D)
-        q, k, v = self.in_proj(query).view(*shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.project(query)
         mixed = self.mix(q, k, v, boxes_xyxy, valid)
-        return self.out_proj(mixed.transpose(1, 2).reshape(shape))
+        return self.out_proj(mixed.transpose(1, 2).reshape(query.shape))
+
+    def project(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of all heads, (B, N, C) -> three of (B, H, N, D)."""
+        packed = self.in_proj(query).view(*query.shape[:2], 3, self.num_heads, -1)
+        q, k, v = packed.permute(2, 0, 3, 1, 4)
+        return q, k, v
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, boxes_xyxy: Tensor, valid: Tensor | None
