@@ -1,0 +1,195 @@
+"""Learning curves from Detectron2's metrics.json: losses, accuracy, learning rate."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+PathLike = str | os.PathLike[str]
+Series = dict[str, list[tuple[int, float]]]
+"""Name of a quantity -> (iteration, value), iterations rising."""
+
+# The legend of a panel becomes unreadable beyond this.
+MAX_LINES = 12
+COLORS = ("#2f6fde", "#e0592a", "#2a9d5c", "#9b4fc4", "#c99a06", "#12a5b8", "#d43d7f", "#6b7280")
+STYLES = ("-", "--", ":", "-.")
+ACCURACIES = ("AP", "AP50", "AP75", "mMR", "Recall")
+STAGE_SUFFIX = re.compile(r"_\d+$")
+
+
+def plot_curves(
+    metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike], output_png: PathLike
+) -> None:
+    """Draws the total loss, its terms, the accuracy and the learning rate over the iterations.
+
+    A run has a colour of its own. The terms are those of the last stage (names without a stage
+    number). Panels without data say so.
+
+    Args:
+        metrics: one metrics.json, several (labelled by their folders), or label -> file.
+        output_png: picture to write; missing parent folders are made. No global state of matplotlib
+            is touched and no display is needed.
+
+    Raises:
+        FileNotFoundError: a metrics file does not exist.
+        ValueError: no file is given, or one is not in the format of Detectron2's JSONWriter; the
+            message names the file and the line.
+    """
+    runs = {label: read_metrics(path) for label, path in _labelled(metrics).items()}
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    ((total, terms), (accuracy, rate)) = figure.subplots(2, 2)
+    _panel(total, "total loss", runs, _present(runs, ["total_loss"]), log=True)
+    _panel(terms, "loss terms of the last stage", runs, _loss_terms(runs), log=True)
+    _panel(accuracy, "accuracy on the validation set", runs, _accuracies(runs))
+    _panel(rate, "learning rate", runs, _present(runs, ["lr"]))
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    Path(output_png).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output_png, format="png", dpi=110)
+
+
+def read_metrics(path: PathLike) -> Series:
+    """Reads a metrics.json, one JSON object a line.
+
+    After a resume the file repeats iterations: what the interrupted run wrote beyond the point of
+    return is dropped. A last line that was cut while being written is left out, and so are values
+    that are not finite numbers.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line is not a JSON object with an "iteration", or there is none at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no metrics file {path}; training writes it into OUTPUT_DIR")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records: dict[int, dict[str, float]] = {}  # by iteration, in rising order
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is None:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with an 'iteration', "
+                f"got {line[:60]!r}"
+            )
+        iteration = int(record.pop("iteration"))
+        while records and next(reversed(records)) > iteration:
+            records.popitem()
+        records.setdefault(iteration, {}).update(record)
+    if not records:
+        raise ValueError(f"{path} holds no metrics")
+    series: Series = defaultdict(list)
+    for iteration, record in records.items():
+        for name, value in record.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                series[name].append((iteration, float(value)))
+    return dict(series)
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("iteration"), int)
+    return record if is_record else None
+
+
+def _labelled(
+    metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike],
+) -> dict[str, PathLike]:
+    """label -> file; files of equally named folders are told apart by their whole paths."""
+    if isinstance(metrics, Mapping):
+        labelled = dict(metrics)
+    else:
+        single = isinstance(metrics, str | os.PathLike)
+        paths = [Path(p) for p in ([metrics] if single else metrics)]
+        names = [path.resolve().parent.name for path in paths]
+        unique = len(set(names)) == len(names)
+        labelled = dict(zip(names if unique else map(str, paths), paths, strict=True))
+    if not labelled:
+        raise ValueError("no metrics file is given")
+    return labelled
+
+
+def _present(runs: Mapping[str, Series], names: Sequence[str]) -> list[str]:
+    return [name for name in names if any(name in series for series in runs.values())]
+
+
+def _loss_terms(runs: Mapping[str, Series]) -> list[str]:
+    names = {name for series in runs.values() for name in series}
+    return sorted(
+        name
+        for name in names
+        if name.startswith("loss_") and not (STAGE_SUFFIX.search(name) and _last_stage(name, names))
+    )
+
+
+def _last_stage(name: str, names: set[str]) -> bool:
+    """Whether the same term of the last stage, named without a number, is there as well."""
+    return STAGE_SUFFIX.sub("", name) in names
+
+
+def _accuracies(runs: Mapping[str, Series]) -> list[str]:
+    """AP of every task and data set; the further figures too while the panel stays readable."""
+    names = {name for series in runs.values() for name in series}
+    ranked = sorted(
+        (ACCURACIES.index(figure), name)
+        for name in names
+        if (figure := name.rpartition("/")[2]) in ACCURACIES
+    )
+    main = [name for rank, name in ranked if rank == 0]
+    every = [name for _, name in ranked]
+    return every if len(every) * len(runs) <= MAX_LINES else main
+
+
+def _panel(
+    axes: Axes, title: str, runs: Mapping[str, Series], names: Sequence[str], log: bool = False
+) -> None:
+    """One line a run and quantity: colours tell runs apart, or quantities when there is one run."""
+    axes.set_title(title, fontsize=11)
+    axes.set_xlabel("iteration")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    positive = True
+    for r, (label, series) in enumerate(runs.items()):
+        for q, name in enumerate(names):
+            points = series.get(name, [])
+            color, style = (r, q) if len(runs) > 1 else (q, 0)
+            axes.plot(
+                [iteration for iteration, _ in points],
+                [value for _, value in points],
+                color=COLORS[color % len(COLORS)],
+                linestyle=STYLES[style % len(STYLES)],
+                linewidth=1.6,
+                # A single evaluation is a point, which a line alone would not show.
+                marker="o" if len(points) < 30 else None,
+                markersize=3.5,
+                label=_legend(label, name, len(runs), len(names)),
+            )
+            positive &= all(value > 0 for _, value in points)
+    if not names:
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", transform=axes.transAxes)
+        return
+    if log and positive:
+        axes.set_yscale("log")
+    if len(runs) * len(names) <= MAX_LINES:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _legend(label: str, name: str, num_runs: int, num_names: int) -> str:
+    if num_runs == 1:
+        return name
+    return label if num_names == 1 else f"{label}: {name}"
