@@ -1,0 +1,203 @@
+"""One optimiser step: mixed precision, gradient accumulation, clipping. No device-to-host copy.
+
+A micro-batches of a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..modeling.registry import check_choice
+
+Sample = dict[str, Any]
+Clipper = Callable[[Sequence[nn.Parameter]], Tensor | None]
+
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class TrainStep:
+    """Forward, backward and update for one batch of this process.
+
+    With accumulation the batch is cut into A equal parts that share one update. A criterion divides
+    its sums by the objects of the part it sees; the parts are therefore weighted by their share of
+    the objects, which makes the accumulated gradient that of the undivided batch for every loss
+    normalised by objects. (Losses normalised otherwise become that weighted mean over the parts,
+    and batch normalisation sees the statistics of each part.)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp_dtype: torch.dtype | None = None,
+        accumulate_steps: int = 1,
+        clip: Clipper | None = None,
+    ) -> None:
+        """
+        Args:
+            model: gives a dict of scalar losses for a list of samples; may be wrapped in DDP.
+            optimizer: of the model's parameters.
+            amp_dtype: number format of autocast; None computes in the parameters' format. float16
+                scales the losses and skips an update whose gradients overflow.
+            accumulate_steps: A, at least 1.
+            clip: changes the gradients in place and returns their norm, if it knows it.
+
+        Raises:
+            ValueError: float16 without CUDA.
+        """
+        self.model = model
+        self.optimizer = optimizer
+        self.data_loader: Any = None  # Detectron2's trainer looks for it here
+        self.accumulate_steps = accumulate_steps
+        self.clip = clip
+        self.device = next(model.parameters()).device
+        self.amp_dtype = amp_dtype
+        if amp_dtype is torch.float16 and self.device.type != "cuda":
+            raise ValueError(
+                "SOLVER.AMP.DTYPE is 'float16', which needs a CUDA device; "
+                f"on {self.device.type} use 'bfloat16', or set SOLVER.AMP.ENABLED to False"
+            )
+        self.grad_scaler = _grad_scaler(enabled=amp_dtype is torch.float16)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """Updates the model once.
+
+        Args:
+            batch: this process's images of the step.
+
+        Returns:
+            name -> 0-dim tensor on the model's device, detached: every loss of the model (of the
+            whole batch), `total_loss`, `grad_norm` if the clipper knows it, and what the matcher
+            left in its `metrics`.
+
+        Raises:
+            ValueError: the batch cannot be cut into equal parts.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = split_batch(batch, self.accumulate_steps)
+        weights = object_shares(parts, self.device) if len(parts) > 1 else None
+        logged: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            with self._no_sync() if i < len(parts) - 1 else contextlib.nullcontext():
+                with torch.autocast(
+                    self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None
+                ):
+                    losses = self.model(part)
+                values = torch.stack([loss.float() for loss in losses.values()])
+                if weights is not None:
+                    values = values * weights[i]
+                total = values.sum()
+                self.grad_scaler.scale(total).backward()
+            for name, value in zip(
+                (*losses, "total_loss"), (*values.detach(), total.detach()), strict=True
+            ):
+                logged[name] = logged[name] + value if name in logged else value
+        norm = self._update()
+        if norm is not None:
+            logged["grad_norm"] = norm
+        matcher = getattr(unwrap(self.model), "matcher", None)
+        return logged | dict(getattr(matcher, "metrics", {}))
+
+    def _update(self) -> Tensor | None:
+        norm = None
+        if self.clip is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+            norm = self.clip(self._parameters)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        return norm
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients travel between the processes once a step, with the last part."""
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself when it is wrapped in DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def split_batch(batch: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
+    """Cuts a batch into equal, consecutive parts.
+
+    Raises:
+        ValueError: the images do not divide evenly.
+    """
+    if len(batch) % parts or not batch:
+        raise ValueError(
+            f"SOLVER.ACCUMULATE_STEPS is {parts}, which does not divide the {len(batch)} image(s) "
+            "of a process and step; change it or SOLVER.IMS_PER_BATCH"
+        )
+    size = len(batch) // parts
+    return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+
+def object_shares(parts: Sequence[Sequence[Sample]], device: torch.device) -> Tensor:
+    """Weight (A,) of each micro-batch: its normaliser over that of the whole batch.
+
+    The normaliser is the criterion's: objects a process, mean over the processes, at least one.
+    """
+    counts = [sum(len(x["instances"]) for x in part if "instances" in x) for part in parts]
+    objects = torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(objects)
+        objects = objects / comm.get_world_size()
+    return objects.clamp(min=1) / objects.sum().clamp(min=1)
+
+
+def build_clipper(cfg: CfgNode) -> Clipper | None:
+    """Gradient clipping of SOLVER.CLIP_GRADIENTS.{ENABLED, CLIP_TYPE, CLIP_VALUE, NORM_TYPE}.
+
+    "full_model" scales all gradients together so that their norm is at most CLIP_VALUE, "norm" does
+    so for each parameter by itself, "value" clamps every element.
+
+    Raises:
+        ValueError: another CLIP_TYPE, or a CLIP_VALUE that is not positive.
+    """
+    c = cfg.SOLVER.CLIP_GRADIENTS
+    if not c.ENABLED:
+        return None
+    check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", c.CLIP_TYPE, ("full_model", "norm", "value"))
+    limit, norm_type = float(c.CLIP_VALUE), float(c.NORM_TYPE)
+    if not limit > 0:
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE is {limit}; it must be positive")
+
+    def full_model(parameters: Sequence[nn.Parameter]) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, limit, norm_type)
+
+    def norm(parameters: Sequence[nn.Parameter]) -> None:
+        for parameter in parameters:
+            nn.utils.clip_grad_norm_(parameter, limit, norm_type)
+
+    def value(parameters: Sequence[nn.Parameter]) -> None:
+        nn.utils.clip_grad_value_(parameters, limit)
+
+    return {"full_model": full_model, "norm": norm, "value": value}[c.CLIP_TYPE]
+
+
+def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
+    """Number format of autocast, None when SOLVER.AMP.ENABLED is False.
+
+    Raises:
+        ValueError: an unknown SOLVER.AMP.DTYPE.
+    """
+    check_choice("SOLVER.AMP.DTYPE", cfg.SOLVER.AMP.DTYPE, tuple(AMP_DTYPES))
+    return AMP_DTYPES[cfg.SOLVER.AMP.DTYPE] if cfg.SOLVER.AMP.ENABLED else None
+
+
+def _grad_scaler(enabled: bool) -> Any:
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler("cuda", enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)  # before torch 2.3

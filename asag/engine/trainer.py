@@ -1,0 +1,395 @@
+"""The trainer: Detectron2's interface around this library's step, loader and checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from ..data import SparseDetectionMapper, build_train_loader
+from . import datasets
+from .checkpointer import AtomicCheckpointer
+from .hooks import BestResult, Checkpointing, Evaluation
+from .loss_log import LossLog, NonFiniteLossError, divergence_message, file_names
+from .optimizer import build_optimizer
+from .pictures import save_pictures
+from .rng import preserved_rng, rng_state, set_rng_state
+from .schedule import resolve_schedule
+from .step import TrainStep, amp_dtype, build_clipper, unwrap
+from .writers import build_writers
+
+LOG_PERIOD = 20  # iterations between two lines of the log
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's `DefaultTrainer` as its users know it: `Trainer(cfg)`, `resume_or_load`,
+    `train`, `test`, the `build_*` class methods and hooks.
+
+    Its constructor is not Detectron2's, which refuses mixed precision and several processes on a
+    CPU and, in v0.5, keeps no optimiser state in checkpoints. A resumed run equals an uninterrupted
+    one: checkpoints hold optimiser, schedule, loss scale and the random state of every process, and
+    the order of the data is a function of seed and iteration.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        *,
+        recipe: CfgNode | None = None,
+        dataset_dicts: Sequence[dict[str, Any]] | None = None,
+    ) -> None:
+        """
+        Args:
+            cfg: epochs are resolved to iterations here; `self.cfg` and `self.schedule` tell.
+            recipe: the configuration file without overrides, to compare the learning rate with.
+            dataset_dicts: training images; default: those of DATASETS.TRAIN.
+
+        Raises:
+            ValueError: a configuration that cannot work; the message names the key.
+        """
+        TrainerBase.__init__(self)
+        self.dataset_dicts = datasets.load_train_dicts(cfg) if dataset_dicts is None else dataset_dicts
+        self.cfg, self.schedule = resolve_schedule(cfg, len(self.dataset_dicts), recipe=recipe)
+        cfg = self.cfg
+        _check_batch(cfg)
+        datasets.check_registered(cfg, need_train=dataset_dicts is None)
+        datasets.check_classes(cfg)
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        self._trainer = TrainStep(
+            _distributed(model),
+            optimizer,
+            amp_dtype=amp_dtype(cfg),
+            accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
+            clip=build_clipper(cfg),
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = AtomicCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.class_names = datasets.class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
+        self.best: BestResult | None = None
+        self.results: dict[str, Any] | None = None
+        self._log = LossLog()
+        self._batches: Iterator[list[dict[str, Any]]] | None = None
+        self._rng_states: list[dict[str, Any]] = []
+        self.register_hooks(self.build_hooks())
+
+    # Parts, each replaceable in a subclass.
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The detector on MODEL.DEVICE."""
+        return build_model(cfg)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See `asag.engine.optimizer`."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(
+        cls,
+        cfg: CfgNode,
+        dataset_dicts: Sequence[dict[str, Any]] | None = None,
+        *,
+        seed: int | None = None,
+        start_iter: int = 0,
+    ) -> DataLoader:
+        """Endless loader of this process's batches, from iteration `start_iter` on.
+
+        Args:
+            cfg: INPUT.*, DATALOADER.*, SOLVER.IMS_PER_BATCH.
+            dataset_dicts: default: those of DATASETS.TRAIN.
+            seed: of order and augmentation; None draws one.
+            start_iter: first iteration to deliver.
+        """
+        return build_train_loader(
+            datasets.load_train_dicts(cfg) if dataset_dicts is None else dataset_dicts,
+            SparseDetectionMapper(cfg, is_train=True),
+            total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            seed=seed,
+            start_iter=start_iter,
+            aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        """Detectron2's loader: every image once, shared out among the processes."""
+        mapper = SparseDetectionMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        """By the data set's `evaluator_type`; writes into OUTPUT_DIR/inference."""
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+        if len(cfg.DATASETS.TEST) > 1:
+            folder = os.path.join(folder, dataset_name)
+        return datasets.build_evaluator(dataset_name, folder)
+
+    def build_writers(self) -> list[EventWriter]:
+        """Console, metrics.json, TensorBoard."""
+        per_epoch = self.schedule.images / self.schedule.batch
+        return build_writers(
+            self.cfg.OUTPUT_DIR, max_iter=self.max_iter, iters_per_epoch=per_epoch
+        )
+
+    def build_hooks(self) -> list[HookBase]:
+        """Timer, learning rate, checkpoints, evaluation, writers: in this order after a step.
+
+        The checkpoint comes first: should the evaluation fail, nothing of the training is lost.
+        """
+        found: list[HookBase] = [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(self.optimizer, self.scheduler),
+            Checkpointing(self.cfg.SOLVER.CHECKPOINT_PERIOD),
+        ]
+        if self.cfg.DATASETS.TEST:
+            found.append(Evaluation(self.cfg.TEST.EVAL_PERIOD))
+        if comm.is_main_process():
+            found.append(hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD))
+        return found
+
+    # Running.
+
+    def train(self) -> dict[str, Any] | None:
+        """Trains to the end of the schedule.
+
+        Returns:
+            The results of the last evaluation on the main process, None without one.
+
+        Raises:
+            NonFiniteLossError: the training diverged.
+        """
+        if self.start_iter >= self.max_iter:
+            logger.info(
+                f"nothing left to train: {self.start_iter} of {self.max_iter} iterations are done. "
+                "To go on, raise SOLVER.EPOCHS (or SOLVER.MAX_ITER); to start anew, leave out "
+                "--resume or choose another OUTPUT_DIR."
+            )
+            return None
+        self._trainer.data_loader = self.build_train_loader(
+            self.cfg, self.dataset_dicts, seed=self.seed, start_iter=self.start_iter
+        )
+        try:
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        finally:
+            self._batches = None  # stops the loader's processes
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self.results)
+        return self.results
+
+    def before_train(self) -> None:
+        """Hooks, then the first batch is ordered, then the random state of the checkpoint."""
+        super().before_train()
+        self.model.train()
+        self._batches = iter(self.data_loader)
+        if self._rng_states:
+            set_rng_state(self._rng_states[comm.get_rank()])
+
+    def run_step(self) -> None:
+        """One optimiser step; its scalars reach the host only when the log is written."""
+        start = time.perf_counter()
+        batch = next(self._batches)
+        self.storage.put_scalar("data_time", time.perf_counter() - start)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        try:
+            scalars = self._trainer(batch)
+        except FloatingPointError as error:
+            message = divergence_message(self.iter, str(error), lr, file_names(batch))
+            raise NonFiniteLossError(message) from error
+        self._log.add(self.iter, scalars, batch, lr)
+        # On a CPU nothing has to wait for the numbers: look at every step.
+        done = self.iter + 1
+        if self._on_cpu or done % LOG_PERIOD == 0 or done == self.max_iter:
+            self.collect_log()
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self._trainer.device.type == "cpu"
+
+    def collect_log(self) -> None:
+        """Brings the scalars of recent steps to the host and into the storage.
+
+        Raises:
+            NonFiniteLossError: one of these steps had a loss that is NaN or infinite.
+        """
+        for record in self._log.collect():
+            self.storage.iter = record.iteration
+            self.storage.put_scalars(**record.scalars)
+        self.storage.iter = self.iter
+
+    def evaluate(self) -> dict[str, Any]:
+        """Evaluates on DATASETS.TEST without a trace in the random numbers of the training.
+
+        Returns:
+            What `test` returns; empty on all but the main process.
+        """
+        with preserved_rng():
+            self.results = self.test(self.cfg, unwrap(self.model))
+        return self.results
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """Evaluates a model and draws TEST.NUM_PICTURES images into OUTPUT_DIR/pictures.
+
+        Args:
+            cfg: DATASETS.TEST, INPUT.*, TEST.*.
+            model: the detector, not wrapped.
+            evaluators: one a data set; default: `build_evaluator`.
+
+        Returns:
+            task -> metric -> value, below the data set's name if there are several.
+        """
+        results = super().test(cfg, model, evaluators)
+        if cfg.TEST.NUM_PICTURES > 0 and cfg.DATASETS.TEST and comm.is_main_process():
+            save_pictures(cfg, model, cfg.DATASETS.TEST[0], Path(cfg.OUTPUT_DIR) / "pictures")
+        return results
+
+    # Checkpoints.
+
+    def save_checkpoint(self, name: str) -> None:
+        """Writes all that `--resume` needs; every process must call it."""
+        self.collect_log()  # never keep the weights of a training that diverged unnoticed
+        self._rng_states = comm.gather(rng_state())
+        self.checkpointer.save(name, class_names=self.class_names)
+
+    def save_weights(self, name: str) -> None:
+        """Writes the model and its class names only."""
+        self.checkpointer.save_weights(name, class_names=self.class_names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration and hooks (with the learning rate schedule) as Detectron2 keeps them, and what
+        v0.5 leaves out."""
+        return TrainerBase.state_dict(self) | {
+            "optimizer": self.optimizer.state_dict(),
+            "grad_scaler": self._trainer.grad_scaler.state_dict(),
+            "rng": self._rng_states,
+            "seed": self.seed,
+            "config": self.cfg.dump(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from `state_dict()`.
+
+        Raises:
+            ValueError: the state is not one of this trainer.
+        """
+        missing = {"optimizer", "grad_scaler", "rng", "seed", "config"} - state_dict.keys()
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {', '.join(sorted(missing))}: it was not written by this "
+                "trainer. Pass it as MODEL.WEIGHTS, without --resume, to start from its weights."
+            )
+        TrainerBase.load_state_dict(self, state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.seed = state_dict["seed"]
+        self._rng_states = state_dict["rng"]
+        if len(self._rng_states) != comm.get_world_size():
+            logger.warning(
+                f"the checkpoint was written by {len(self._rng_states)} process(es), now there are "
+                f"{comm.get_world_size()}: random numbers (dropout) go on differently"
+            )
+            self._rng_states = []
+        for line in changed_keys(CfgNode.load_cfg(state_dict["config"]), self.cfg):
+            logger.warning(f"changed since the checkpoint: {line}")
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continues the run in OUTPUT_DIR, or starts from MODEL.WEIGHTS.
+
+        Args:
+            resume: go on from OUTPUT_DIR's last checkpoint if there is one.
+
+        Raises:
+            ValueError: the checkpoint to resume belongs to other classes, or is no resumable one.
+        """
+        found = self.checkpointer.has_checkpoint()
+        if found and not resume:
+            logger.warning(
+                f"{self.cfg.OUTPUT_DIR} holds an earlier run, whose files will be overwritten; "
+                "to go on with it use --resume"
+            )
+        extra = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not (resume and found):
+            if resume:
+                logger.info(f"no checkpoint in {self.cfg.OUTPUT_DIR}: training from the start")
+            return
+        names = extra.get("class_names", [])
+        if names != self.class_names:
+            raise ValueError(
+                f"the run in OUTPUT_DIR = {self.cfg.OUTPUT_DIR} was trained on the classes {names}, "
+                f"the data has {self.class_names}; choose another OUTPUT_DIR"
+            )
+        # A checkpoint holds the number of the step it was written after.
+        self.start_iter = self.iter + 1
+        self.best = BestResult.read(self.cfg.OUTPUT_DIR)
+        logger.info(f"resumed at iteration {self.start_iter} of {self.max_iter}")
+
+
+def changed_keys(before: CfgNode, after: CfgNode, prefix: str = "") -> list[str]:
+    """`KEY: old -> new` for every key that differs; keys of one side only count as None."""
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, CfgNode) and isinstance(new, CfgNode):
+            lines += changed_keys(old, new, f"{prefix}{key}.")
+        elif _plain(old) != _plain(new):
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """YAML knows no tuples."""
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
+def _check_batch(cfg: CfgNode) -> None:
+    batch, world = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    parts = cfg.SOLVER.ACCUMULATE_STEPS
+    if batch % (world * parts):
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {batch}; it must be a multiple of {world * parts}: {world} "
+            f"process(es) x SOLVER.ACCUMULATE_STEPS {parts}"
+        )
+
+
+def _distributed(model: nn.Module) -> nn.Module:
+    """Averages gradients over the processes, on CUDA and CPU alike."""
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
