@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 PathLike = str | os.PathLike[str]
 Series = dict[str, list[tuple[int, float]]]
@@ -143,7 +144,7 @@ def _last_stage(name: str, names: set[str]) -> bool:
 
 
 def _accuracies(runs: Mapping[str, Series]) -> list[str]:
-    """AP of every task and data set; the further figures too while the panel stays readable."""
+    """AP of every task and data set; of a single run the further figures too."""
     names = {name for series in runs.values() for name in series}
     ranked = sorted(
         (ACCURACIES.index(figure), name)
@@ -151,8 +152,7 @@ def _accuracies(runs: Mapping[str, Series]) -> list[str]:
         if (figure := name.rpartition("/")[2]) in ACCURACIES
     )
     main = [name for rank, name in ranked if rank == 0]
-    every = [name for _, name in ranked]
-    return every if len(every) * len(runs) <= MAX_LINES else main
+    return main if len(runs) > 1 else [name for _, name in ranked]
 
 
 def _panel(
@@ -161,6 +161,7 @@ def _panel(
     """One line a run and quantity: colours tell runs apart, or quantities when there is one run."""
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("iteration")
+    axes.set_ylabel(names[0] if len(names) == 1 else "")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     positive = True
@@ -185,6 +186,9 @@ def _panel(
         return
     if log and positive:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     if len(runs) * len(names) <= MAX_LINES:
         axes.legend(fontsize=8, frameon=False)
 

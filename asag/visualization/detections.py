@@ -21,6 +21,9 @@ from PIL import Image, ImageDraw, ImageFont
 MIN_SHORT_SIDE = 480
 MAX_ENLARGED_LONG_SIDE = 1600
 
+# With more objects than this, labels shrink, and a name that is the only one is left out.
+CROWD = 20
+
 CAPTION_BACKGROUND = (32, 36, 44)
 CAPTION_TEXT = (255, 255, 255)
 GAP_PIXELS = 8
@@ -38,7 +41,8 @@ def draw_detections(
     """Draws every object with its box, class name and score.
 
     A class has the same colour in all pictures. Labels stay inside the picture and never cover each
-    other: in a crowd the best-scored objects keep theirs, the others are boxes only.
+    other: in a crowd they are smaller, the best-scored objects keep theirs, and the others are
+    boxes only.
 
     Args:
         image_rgb: (H, W, 3) uint8.
@@ -141,11 +145,23 @@ class _Objects:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def label(self, index: int, class_names: Sequence[str]) -> str:
-        class_index = int(self.classes[index])
-        known = 0 <= class_index < len(class_names)
-        name = class_names[class_index] if known else f"class {class_index}"
-        return name if self.scores is None else f"{name} {self.scores[index]:.2f}"
+    @property
+    def crowded(self) -> bool:
+        return len(self) > CROWD
+
+    def labels(self, class_names: Sequence[str]) -> list[str]:
+        """Name and score of each object; empty where they would say nothing new."""
+        if self.crowded and len(class_names) == 1:
+            names = [""] * len(self)
+        else:
+            names = [
+                class_names[k] if 0 <= k < len(class_names) else f"class {k}"
+                for k in self.classes.tolist()
+            ]
+        if self.scores is None:
+            return names
+        pairs = zip(names, self.scores, strict=True)
+        return [f"{name} {score:.2f}".lstrip() for name, score in pairs]
 
 
 def _read_objects(instances: Instances, threshold: float, canvas_wh: tuple[int, int]) -> _Objects:
@@ -199,12 +215,12 @@ def _draw(canvas: Image.Image, objects: _Objects, class_names: Sequence[str]) ->
         pen.rectangle(
             tuple(objects.boxes_xyxy[i]), outline=class_color(int(objects.classes[i])), width=width
         )
-    font = _font(_font_size(canvas.size))
+    size = _font_size(canvas.size)
+    font = _font(max(10, round(0.75 * size)) if objects.crowded else size)
     taken = np.empty((0, 4))
-    for i in range(len(objects)):
-        text = objects.label(i, class_names)
+    for i, text in enumerate(objects.labels(class_names)):
         tag_wh = font.getlength(text) + 0.6 * font.size, 1.3 * font.size
-        tag = _place(objects.boxes_xyxy[i], tag_wh, canvas.size, taken)
+        tag = _place(objects.boxes_xyxy[i], tag_wh, canvas.size, taken) if text else None
         if tag is None:
             continue
         taken = np.vstack((taken, tag))
@@ -261,14 +277,16 @@ def _text_color(background: RGB) -> RGB:
 
 
 def _font_size(canvas_wh: tuple[int, int]) -> int:
-    return max(12, min(64, round(min(canvas_wh) / 34)))
+    short_side = min(canvas_wh)
+    return round(min(12 + short_side / 160, 64))
 
 
 @functools.lru_cache(maxsize=64)
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which knows Latin, Greek and Cyrillic; matplotlib brings it along."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(str(path), size)
+    # The basic layout is several times as fast; the other one adds ligatures.
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _caption_font(captions: Sequence[str], width: int, size: int) -> ImageFont.FreeTypeFont:

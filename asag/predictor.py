@@ -1,0 +1,241 @@
+"""Detections for pictures in memory: resize, batch, run the model, scale back.
+
+B images of a batch, H, W picture size, K classes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
+
+from .data.mapper import test_augmentations
+
+logger = logging.getLogger(__name__)
+
+
+class Predictor:
+    """Callable that turns RGB pictures of any sizes into detections.
+
+    Pictures share a batch only if they are padded to the same size, so that what is found in one
+    does not depend on its neighbours.
+
+    Example:
+        >>> cfg = load_config("config.yaml", ["MODEL.WEIGHTS", "model_final.pth"])
+        >>> predictor = Predictor.from_config(cfg)
+        >>> (detections,) = predictor([read_image("street.jpg", "RGB")])
+        >>> names = [predictor.class_names[k] for k in detections.pred_classes]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        class_names: Sequence[str],
+        augmentations: Sequence[T.Augmentation] = (),
+        image_format: str = "RGB",
+        batch_size: int = 8,
+        score_threshold: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            model: any of Detectron2's box detectors; it is put into evaluation mode.
+            class_names: index -> name, K of them.
+            augmentations: what every picture goes through first: the resize.
+            image_format: colour order that the model expects, "RGB" or "BGR".
+            batch_size: pictures that go through the model together, at most.
+            score_threshold: detections scored below are left out, 0 to 1.
+
+        Raises:
+            ValueError: a value out of its range.
+        """
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT is {image_format!r}; prediction knows 'RGB' and 'BGR'")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold is {score_threshold}; scores lie between 0 and 1")
+        self.model = model.eval()
+        self.class_names = tuple(class_names)
+        self.augmentations = T.AugmentationList(list(augmentations))
+        self.image_format = image_format
+        self.batch_size = batch_size
+        self.score_threshold = score_threshold
+        self._divisor = getattr(getattr(model, "backbone", None), "size_divisibility", 0) or 1
+
+    @classmethod
+    def from_config(
+        cls, cfg: CfgNode, *, batch_size: int = 8, score_threshold: float = 0.0
+    ) -> Predictor:
+        """Builds the model of a configuration on MODEL.DEVICE and loads MODEL.WEIGHTS.
+
+        An empty MODEL.WEIGHTS leaves the random initial weights.
+
+        Raises:
+            FileNotFoundError: MODEL.WEIGHTS does not exist.
+            ValueError: the weights are not of this model.
+        """
+        model = build_model(cfg)
+        checkpoint = load_weights(model, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else {}
+        return cls(
+            model,
+            class_names=find_class_names(cfg, checkpoint),
+            augmentations=test_augmentations(cfg),
+            image_format=cfg.INPUT.FORMAT,
+            batch_size=batch_size,
+            score_threshold=score_threshold,
+        )
+
+    def __call__(self, images_rgb: Sequence[np.ndarray]) -> list[Instances]:
+        """Detections of each picture.
+
+        Args:
+            images_rgb: (H, W, 3) uint8 arrays, upright; sizes may differ.
+
+        Returns:
+            One `Instances` a picture, on the CPU, by falling score: `pred_boxes` in absolute xyxy
+            pixels of the picture as given, `scores`, `pred_classes`.
+
+        Raises:
+            ValueError: a picture has another shape or dtype; the message says which.
+        """
+        inputs = []
+        for position, image in enumerate(images_rgb):
+            try:
+                inputs.append(self.prepare(image))
+            except ValueError as error:
+                raise ValueError(f"picture {position}: {error}") from error
+        return self.predict(inputs)
+
+    def prepare(self, image_rgb: np.ndarray) -> dict[str, Any]:
+        """Model input of one picture: `image` (3, H', W') uint8, `height` and `width` as given.
+
+        It touches neither model nor device, and may run in other threads while the model works.
+
+        Raises:
+            ValueError: not an (H, W, 3) uint8 array, or too narrow to be resized.
+        """
+        if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8:
+            raise ValueError(
+                "expected an (H, W, 3) uint8 array in RGB order, "
+                f"got {image_rgb.shape} {image_rgb.dtype}"
+            )
+        height, width = image_rgb.shape[:2]
+        augmented = T.AugInput(image_rgb)
+        try:
+            self.augmentations(augmented)
+        except Exception as error:  # Pillow and NumPy each have an own one for sides of 0 pixels
+            raise ValueError(f"cannot resize {width} x {height} pixels: {error}") from error
+        image = augmented.image
+        if self.image_format == "BGR":
+            image = image[:, :, ::-1]
+        chw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+        return {"image": chw, "height": height, "width": width}
+
+    @torch.no_grad()
+    def predict(self, inputs: Sequence[dict[str, Any]]) -> list[Instances]:
+        """Detections of inputs made by `prepare`, in their order."""
+        found: list[Instances | None] = [None] * len(inputs)
+        for members in self._batches([x["image"] for x in inputs]):
+            outputs = self.model([inputs[i] for i in members])
+            for i, output in zip(members, outputs, strict=True):
+                instances = output["instances"].to("cpu")
+                found[i] = instances[instances.scores >= self.score_threshold]
+        return [x for x in found if x is not None]
+
+    def _batches(self, images: Sequence[Tensor]) -> Iterator[list[int]]:
+        """Indices of images that are padded to the same size, at most `batch_size` together."""
+        groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for i, image in enumerate(images):
+            padded = tuple(-(-side // self._divisor) * self._divisor for side in image.shape[1:])
+            groups[padded].append(i)
+        for members in groups.values():
+            for start in range(0, len(members), self.batch_size):
+                yield members[start : start + self.batch_size]
+
+
+class _StrictCheckpointer(DetectionCheckpointer):
+    """Refuses weights that leave a part of the model at its random start."""
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        wrong = list(incompatible.incorrect_shapes)
+        if wrong:
+            name, given, expected = wrong[0]
+            raise ValueError(
+                f"{len(wrong)} tensors have other shapes than in the model; {name} is "
+                f"{tuple(given)} in the file, {tuple(expected)} in the model. Take the "
+                "configuration the weights were trained with (config.yaml in their folder), or set "
+                "MODEL.ROI_HEADS.NUM_CLASSES to their number of classes"
+            )
+        missing = set(incompatible.missing_keys) & {n for n, _ in self.model.named_parameters()}
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the model's parameters are not in the file, such as "
+                f"{min(missing)}. Weights of a backbone alone, or of another architecture, detect "
+                "nothing"
+            )
+        return incompatible
+
+
+def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
+    """Loads a checkpoint whole.
+
+    Args:
+        path: file, or any address that Detectron2's checkpointer knows.
+
+    Returns:
+        What the checkpoint holds besides the model, such as `class_names`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: unreadable, or not of this model; the message names file, tensor and way out.
+    """
+    if "://" not in path and not PathManager.isfile(path):
+        raise FileNotFoundError(f"no weights file {path}: check --weights or MODEL.WEIGHTS")
+    try:
+        return _StrictCheckpointer(model, save_to_disk=False).load(path)
+    except ValueError as error:
+        raise ValueError(f"weights {path} do not fit the configuration: {error}") from error
+    except (
+        Exception
+    ) as error:  # torch and pickle raise RuntimeError, UnpicklingError, EOFError, ...
+        raise ValueError(f"cannot read weights {path}: {error}") from error
+
+
+def find_class_names(cfg: CfgNode, checkpoint: dict[str, Any]) -> list[str]:
+    """Names of the classes: from the checkpoint, else the metadata of DATASETS.TEST, else "class 0".
+
+    Names whose number differs from MODEL.ROI_HEADS.NUM_CLASSES belong to another data set and are
+    passed over, with a warning.
+    """
+    count = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    sources = [(Path(cfg.MODEL.WEIGHTS).name, checkpoint.get("class_names"))]
+    for name in cfg.DATASETS.TEST:
+        if name in MetadataCatalog.list():  # asking for an unknown one would create it
+            sources.append((name, getattr(MetadataCatalog.get(name), "thing_classes", None)))
+    for source, names in sources:
+        if names is None:
+            continue
+        if len(names) == count:
+            return list(names)
+        logger.warning(
+            "%s names %d classes, but MODEL.ROI_HEADS.NUM_CLASSES is %d: names not used",
+            source,
+            len(names),
+            count,
+        )
+    return [f"class {k}" for k in range(count)]
