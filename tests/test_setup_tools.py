@@ -273,6 +273,13 @@ def test_fetch_asks_pip_for_the_target(tmp_path, monkeypatch):
     assert ("--platform", "manylinux_2_28_x86_64") in pairs
 
 
+def test_install_command_skips_dependencies_only_when_some_are_left_out():
+    complete = collect_wheels.install_command("wheelhouse")
+    assert complete.endswith("--find-links wheelhouse -r wheelhouse/requirements.txt")
+    partial = collect_wheels.install_command("wheelhouse", ["matplotlib"])
+    assert "--no-deps wheelhouse/*.whl" in partial and "matplotlib" in partial
+
+
 def test_wheelhouse_failure_keeps_the_old_one(tmp_path, monkeypatch, capsys):
     def fail(*_):
         raise collect_wheels.WheelhouseError("pip could not fetch scipy")

@@ -9,7 +9,8 @@ Detectron2 comes from `install_detectron2.py`.
     make wheelhouse PYTHON=3.12
     make wheelhouse PYTHON=3.12 WITHOUT="opencv-python-headless matplotlib"
 
-then, in the checkout carried to the target together with `wheelhouse/`:
+then, in the checkout carried to the target together with `wheelhouse/` (the first line is printed
+at the end; it differs when something that others ask for was left out):
 
     python -m pip install --no-index --find-links wheelhouse -r wheelhouse/requirements.txt
     python -m pip install --no-index --no-build-isolation --no-deps -e .
@@ -218,6 +219,22 @@ def collect(
     )
 
 
+def install_command(folder: str, absent: Iterable[str] = ()) -> str:
+    """What to type on the target.
+
+    Args:
+        folder: the wheelhouse.
+        absent: packages that collected ones ask for and that were left out; with any, pip must
+            not look at dependencies, since it would refuse to install without them.
+    """
+    pip = "python -m pip install --no-index"
+    if absent:
+        return (
+            f"{pip} --no-deps {folder}/*.whl   (left out although asked for: {', '.join(absent)})"
+        )
+    return f"{pip} --find-links {folder} -r {folder}/requirements.txt"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -248,10 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{path.stat().st_size / 1e6:8.2f} MB  {path.name}")
     total = sum(path.stat().st_size for path in wheels) / 1e6
     print(f"{total:8.2f} MB  in {len(wheels)} wheels for Python {python} in {args.output}")
-    print(
-        "On the target: python -m pip install --no-index "
-        f"--find-links {args.output.name} -r {args.output.name}/requirements.txt"
-    )
+    absent = unmet(args.output, direct, target_environment(python, args.machine))
+    print(f"On the target: {install_command(args.output.name, absent)}")
     return 0
 
 
