@@ -110,9 +110,9 @@ class PyramidRoIAlign(nn.Module):
             len(rois), features[0].shape[1], self.output_size, self.output_size
         )
         for i, (x, stride) in enumerate(zip(features, self.strides, strict=True)):
+            # Also without boxes: every level stays in the graph, as distributed training needs.
             chosen = (level == i).nonzero(as_tuple=True)[0]
-            if len(chosen):
-                pooled = pooled.index_copy(0, chosen, self._align(x, rois[chosen], stride))
+            pooled = pooled.index_copy(0, chosen, self._align(x, rois[chosen], stride))
         return pooled
 
     def _pool_static(self, features: list[Tensor], rois: Tensor, level: Tensor) -> Tensor:
