@@ -455,6 +455,11 @@ def test_evaluation_of_mended_files_scores_100(folder, tmp_path, change):
     for metric in ("AP", "AP-cat", "AP-dog"):
         assert results[metric] == pytest.approx(100.0)
     assert path.read_bytes() == before
+    id_maps = [
+        MetadataCatalog.get(name).thing_dataset_id_to_contiguous_id
+        for name in (made.train, made.val)
+    ]
+    assert id_maps == [{3: 0, 7: 1}] * 2
     mended = MetadataCatalog.get(made.val).json_file != str(path)
     assert mended == bool(made.reports[1].repairs)
     labels = [a["category_id"] for s in DatasetCatalog.get(made.val) for a in s["annotations"]]

@@ -75,6 +75,13 @@ def test_grouping_mixes_at_most_one_batch(values):
     assert np.count_nonzero(wide.any(axis=1) & ~wide.all(axis=1)) <= 1
 
 
+def test_orientations_are_spread_over_the_epoch():
+    is_wide = np.arange(400) % 2 == 0
+    sampler = SeekableBatchSampler(num_images=400, batch_size=4, seed=0, is_wide=is_wide)
+    first_half = is_wide[sampler.epoch(0)[:50, 0, 0]]
+    assert 15 < np.count_nonzero(first_half) < 35
+
+
 def test_grouping_takes_the_same_images_as_not_grouping():
     values = {"num_images": 37, "batch_size": 4, "seed": 3}
     grouped = SeekableBatchSampler(**values, is_wide=np.arange(37) % 5 > 0)
