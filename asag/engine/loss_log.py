@@ -92,7 +92,9 @@ def file_names(batch: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 def divergence_message(iteration: int, what: str, lr: float, files: Sequence[str]) -> str:
     """What a user needs to know when numbers stop being numbers."""
-    listed = ", ".join(files[:MAX_LISTED_FILES]) + (", ..." if len(files) > MAX_LISTED_FILES else "")
+    listed = ", ".join(files[:MAX_LISTED_FILES]) + (
+        ", ..." if len(files) > MAX_LISTED_FILES else ""
+    )
     return (
         f"training diverged at iteration {iteration}: {what}. Learning rate {lr:.4g}; images: "
         f"{listed}. Lower SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS, keep "

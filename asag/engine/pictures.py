@@ -37,7 +37,9 @@ def save_pictures(cfg: CfgNode, model: nn.Module, dataset_name: str, folder: Pat
     try:
         from ..visualization.detections import draw_comparison
     except ImportError as error:
-        logger.warning(f"no pictures: {error}; pip install asag[visual], or set TEST.NUM_PICTURES 0")
+        logger.warning(
+            f"no pictures: {error}; pip install asag[visual], or set TEST.NUM_PICTURES 0"
+        )
         return []
     dicts = DatasetCatalog.get(dataset_name)
     class_names = MetadataCatalog.get(dataset_name).get("thing_classes", [])
@@ -47,9 +49,7 @@ def save_pictures(cfg: CfgNode, model: nn.Module, dataset_name: str, folder: Pat
     for index in spread(len(dicts), cfg.TEST.NUM_PICTURES):
         entry = dicts[index]
         image = np.ascontiguousarray(read_image(entry["file_name"], "RGB"))
-        truth = training_instances(
-            entry.get("annotations", []), T.NoOpTransform(), image.shape[:2]
-        )
+        truth = training_instances(entry.get("annotations", []), T.NoOpTransform(), image.shape[:2])
         found = _predict(model, mapper, entry, image.shape[:2])
         drawn = draw_comparison(image, found, truth, class_names)
         path = folder / f"{_file_stem(entry)}.png"

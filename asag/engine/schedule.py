@@ -6,6 +6,7 @@ SOLVER.IMS_PER_BATCH images (all processes and accumulated micro-batches togethe
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -147,7 +148,7 @@ def check_solver(cfg: CfgNode) -> None:
 
 def _rises(steps: tuple[float, ...], end: float) -> bool:
     numbers = (0, *steps)
-    rising = all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    rising = all(a < b for a, b in itertools.pairwise(numbers))
     return rising and numbers[-1] <= end
 
 

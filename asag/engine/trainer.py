@@ -67,11 +67,12 @@ class Trainer(DefaultTrainer):
             ValueError: a configuration that cannot work; the message names the key.
         """
         TrainerBase.__init__(self)
-        self.dataset_dicts = datasets.load_train_dicts(cfg) if dataset_dicts is None else dataset_dicts
+        own = dataset_dicts is not None
+        self.dataset_dicts = dataset_dicts if own else datasets.load_train_dicts(cfg)
         self.cfg, self.schedule = resolve_schedule(cfg, len(self.dataset_dicts), recipe=recipe)
         cfg = self.cfg
         _check_batch(cfg)
-        datasets.check_registered(cfg, need_train=dataset_dicts is None)
+        datasets.check_registered(cfg, need_train=not own)
         datasets.check_classes(cfg)
 
         model = self.build_model(cfg)
@@ -84,9 +85,7 @@ class Trainer(DefaultTrainer):
             clip=build_clipper(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.class_names = datasets.class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
@@ -153,9 +152,7 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Console, metrics.json, TensorBoard."""
         per_epoch = self.schedule.images / self.schedule.batch
-        return build_writers(
-            self.cfg.OUTPUT_DIR, max_iter=self.max_iter, iters_per_epoch=per_epoch
-        )
+        return build_writers(self.cfg.OUTPUT_DIR, max_iter=self.max_iter, iters_per_epoch=per_epoch)
 
     def build_hooks(self) -> list[HookBase]:
         """Timer, learning rate, checkpoints, evaluation, writers: in this order after a step.
@@ -346,8 +343,8 @@ class Trainer(DefaultTrainer):
         names = extra.get("class_names", [])
         if names != self.class_names:
             raise ValueError(
-                f"the run in OUTPUT_DIR = {self.cfg.OUTPUT_DIR} was trained on the classes {names}, "
-                f"the data has {self.class_names}; choose another OUTPUT_DIR"
+                f"the run in OUTPUT_DIR = {self.cfg.OUTPUT_DIR} was trained on the classes "
+                f"{names}, the data has {self.class_names}; choose another OUTPUT_DIR"
             )
         # A checkpoint holds the number of the step it was written after.
         self.start_iter = self.iter + 1

@@ -1,0 +1,142 @@
+"""Processes of a training: started here, or by torchrun; NCCL on CUDA, gloo on a CPU."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.utils import comm
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class _Place(NamedTuple):
+    """Of a process among all, and among those of its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_size: int
+
+
+def started_by_torchrun() -> bool:
+    """Whether the environment already names this process's place in a group."""
+    return all(name in os.environ for name in TORCHRUN_VARIABLES)
+
+
+def launch(
+    function: Callable[..., int],
+    args: tuple[Any, ...],
+    *,
+    processes: int,
+    machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    cuda: bool = False,
+) -> int:
+    """Runs `function(*args)` in every process of the training and waits for all of them.
+
+    Under torchrun the group of the environment is joined and the counts are not looked at. A group
+    of one process is this process.
+
+    Args:
+        function: returns an exit code; must be importable, as the processes are spawned.
+        args: picklable.
+        processes: of each machine, one a GPU.
+        machines: taking part.
+        machine_rank: of this one, 0 to machines - 1.
+        dist_url: where rank 0 listens, "tcp://host:port"; "auto" is a free port of this machine.
+        cuda: one GPU a process and NCCL; otherwise gloo.
+
+    Returns:
+        The exit code of this process's call, or of the first spawned process that failed.
+
+    Raises:
+        ValueError: counts that do not fit each other, the machine, or the address.
+    """
+    if started_by_torchrun():
+        place = _Place(
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            local_rank=int(os.environ["LOCAL_RANK"]),
+            local_size=int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])),
+        )
+        return _run_in_group(place, "env://", cuda, function, args)
+    if processes < 1 or machines < 1 or not 0 <= machine_rank < machines:
+        raise ValueError(
+            f"--num-gpus {processes}, --num-machines {machines}, --machine-rank {machine_rank}: "
+            "need at least one process and machine, and a rank below the number of machines"
+        )
+    if processes * machines == 1:
+        return function(*args)
+    if cuda and processes > torch.cuda.device_count():
+        raise ValueError(f"--num-gpus {processes}: there are {torch.cuda.device_count()} here")
+    if dist_url == "auto":
+        if machines > 1:
+            raise ValueError("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0")
+        dist_url = f"tcp://127.0.0.1:{_free_port()}"
+    first = _Place(machine_rank * processes, machines * processes, 0, processes)
+    try:
+        mp.spawn(_spawned, (first, dist_url, cuda, function, args), nprocs=processes)
+    except mp.ProcessExitedException as error:  # an ordinary exit code, its reason is printed
+        return error.exit_code
+    return 0
+
+
+def _spawned(
+    local_rank: int,
+    first: _Place,
+    dist_url: str,
+    cuda: bool,
+    function: Callable[..., int],
+    args: tuple[Any, ...],
+) -> None:
+    place = first._replace(rank=first.rank + local_rank, local_rank=local_rank)
+    code = _run_in_group(place, dist_url, cuda, function, args)
+    if code:
+        raise SystemExit(code)
+
+
+def _run_in_group(
+    place: _Place,
+    dist_url: str,
+    cuda: bool,
+    function: Callable[..., int],
+    args: tuple[Any, ...],
+) -> int:
+    if cuda:
+        torch.cuda.set_device(place.local_rank)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=dist_url,
+        rank=place.rank,
+        world_size=place.world_size,
+    )
+    try:
+        _make_local_group(place.local_size)
+        return function(*args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _make_local_group(local_size: int) -> None:
+    """Tells Detectron2 which processes share this machine."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(local_size)
+        return
+    # v0.5 has no function for it; its own launcher sets the variable like this.
+    for first in range(0, dist.get_world_size(), local_size):
+        group = dist.new_group(list(range(first, first + local_size)))
+        if first <= dist.get_rank() < first + local_size:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
