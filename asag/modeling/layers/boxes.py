@@ -68,22 +68,24 @@ def box_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
 def decode_deltas(
     deltas: Tensor,
     boxes_xyxy: Tensor,
-    weights: tuple[float, float, float, float] = (2.0, 2.0, 1.0, 1.0),
+    centre_weight: float = 2.0,
+    size_weight: float = 1.0,
 ) -> Tensor:
     """Moves and scales boxes by what a stage predicts.
 
     Args:
-        deltas: (..., 4) dx, dy in units of the box side and dw, dh as log factors, times `weights`.
+        deltas: (..., 4) dx, dy in units of the box side times `centre_weight`, and dw, dh as log
+            factors times `size_weight`.
         boxes_xyxy: (..., 4) boxes that entered the stage.
-        weights: divisors of the four deltas.
+        centre_weight, size_weight: divisors of the deltas. Numbers, not a tensor, which would have
+            to be copied to the device in every stage.
 
     Returns:
         (..., 4) boxes xyxy, at least float32. Only growth is bounded (`MAX_LOG_SCALE`); boxes are
         not clipped to the image.
     """
     deltas, boxes = at_least_float32(deltas), xyxy_to_cxcywh(at_least_float32(boxes_xyxy))
-    deltas = deltas / deltas.new_tensor(weights)
     centre, size = boxes[..., :2], boxes[..., 2:]
-    centre = centre + deltas[..., :2] * size
-    size = size * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    centre = centre + deltas[..., :2] / centre_weight * size
+    size = size * (deltas[..., 2:] / size_weight).clamp(max=MAX_LOG_SCALE).exp()
     return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
