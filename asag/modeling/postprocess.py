@@ -39,25 +39,29 @@ def select_detections(
         One `Instances` an image with `pred_boxes`, `scores`, `pred_classes`; boxes are not clipped.
     """
     scores, boxes, classes = top_candidates(predictions, top_k, softmax)
+    # Scores fall, so that real candidates come first: one copy to the host says how many.
+    counts = (scores >= 0).sum(dim=1).tolist()
     return [
-        _to_instances(scores[b], boxes[b], classes[b], size, nms_threshold)
-        for b, size in enumerate(image_sizes_hw)
+        _to_instances(scores[b, :n], boxes[b, :n], classes[b, :n], size, nms_threshold)
+        for b, (n, size) in enumerate(zip(counts, image_sizes_hw, strict=True))
     ]
 
 
 def top_candidates(
     predictions: Predictions, top_k: int, softmax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores (B, D), boxes (B, D, 4), classes (B, D); padded queries have score -1."""
+    """Falling scores (B, D), boxes (B, D, 4), classes (B, D); padded queries and scores that are
+    not a number have score -1."""
     logits, boxes = at_least_float32(predictions.logits[-1]), predictions.boxes_xyxy[-1]
     if softmax:
         scores, classes = logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # (B, N)
-        scores = scores.masked_fill(~predictions.valid, -1)
+        scores = scores.masked_fill(~predictions.valid | scores.isnan(), -1)
         scores, query = scores.topk(min(top_k, scores.shape[1]), dim=1)
         classes = classes.gather(1, query)
     else:
         num_classes = logits.shape[-1]
-        scores = logits.sigmoid().masked_fill(~predictions.valid[..., None], -1).flatten(1)
+        scores = logits.sigmoid()
+        scores = scores.masked_fill(~predictions.valid[..., None] | scores.isnan(), -1).flatten(1)
         scores, flat = scores.topk(min(top_k, scores.shape[1]), dim=1)
         query = torch.div(flat, num_classes, rounding_mode="floor")
         classes = flat % num_classes
@@ -67,11 +71,10 @@ def top_candidates(
 def _to_instances(
     scores: Tensor, boxes_xyxy: Tensor, classes: Tensor, size: tuple[int, int], nms: float
 ) -> Instances:
-    real = scores >= 0
     result = Instances(size)
-    result.pred_boxes = Boxes(boxes_xyxy[real])
-    result.scores = scores[real]
-    result.pred_classes = classes[real]
+    result.pred_boxes = Boxes(boxes_xyxy)
+    result.scores = scores
+    result.pred_classes = classes
     if nms > 0:
         keep = batched_nms(result.pred_boxes.tensor, result.scores, result.pred_classes, nms)
         result = result[keep]
