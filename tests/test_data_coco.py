@@ -10,6 +10,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from asag.data import (
@@ -312,6 +314,51 @@ def test_classes_must_agree(folder):
     write(folder / "annotations" / "val.json", data)
     with pytest.raises(DatasetError, match=r"lacks \['dog'\] and adds \['cow'\]"):
         register(folder)
+
+
+ODD_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=3),
+    st.lists(st.integers(-5, 5) | st.floats() | st.none(), max_size=5),
+    st.dictionaries(st.text(max_size=2), st.integers(), max_size=2),
+)
+PLACES = [
+    (section, key)
+    for section, keys in {
+        "images": ("id", "file_name", "height", "width"),
+        "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+        "categories": ("id", "name"),
+    }.items()
+    for key in keys
+]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.tuples(st.sampled_from(PLACES), st.integers(0, 1), ODD_VALUES), max_size=3))
+def test_any_value_anywhere_is_either_usable_or_complained_of(tmp_path_factory, changes):
+    data = coco()
+    for (section, key), row, value in changes:
+        data[section][row][key] = value
+    root = tmp_path_factory.getbasetemp() / "fuzz"
+    if not root.exists():
+        write(root / "train.json", coco(), root / "images")
+    path = write(root / "train.json", data)
+    try:
+        report, usable = inspect_table(read_coco_table(path, (root / "images",)), "fuzz")
+    except DatasetError as error:
+        assert error.complaints
+        return
+    assert isinstance(report.table(), str)
+    usable.write(root / "clean.json")
+    again = read_coco_table(root / "clean.json", (root / "images",))
+    assert again.repairs == ()
+    assert np.isfinite(again.boxes_xywh).all()
+    assert np.isfinite(again.areas).all()
+    assert (again.boxes_xywh[:, 2:] > 0).all()
+    assert (again.image_hw > 0).all()
 
 
 # What is mended, counted, and told.

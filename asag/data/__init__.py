@@ -8,6 +8,7 @@ from asag.data.coco_folder import (
     register_coco_splits,
 )
 from asag.data.coco_report import DatasetReport
+from asag.data.crowdhuman import register_crowdhuman
 from asag.data.errors import Complaint, DatasetError
 from asag.data.image_io import ImageReadError, read_image
 from asag.data.loader import SampleError, build_train_loader
@@ -29,5 +30,6 @@ __all__ = [
     "read_image",
     "register_coco_folder",
     "register_coco_splits",
+    "register_crowdhuman",
     "register_shapes",
 ]

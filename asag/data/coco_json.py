@@ -7,6 +7,7 @@ wrong with a file is gathered before the reader stops, so that one run names eve
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -156,7 +157,8 @@ class _Reader:
         return values
 
     def unique(self, what: str, values: list, remedy: str) -> None:
-        twice = [value for value, count in Counter(values).items() if count > 1]
+        counts = Counter(value for value in values if type(value) in (int, str))
+        twice = [value for value, count in counts.items() if count > 1]
         self.complain_each([f"{what} {value!r} is used more than once" for value in twice], remedy)
 
     def image_sizes(self, images: list[dict]) -> np.ndarray:
@@ -260,9 +262,11 @@ class _Reader:
         self, annotations: list[dict], boxes_xywh: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         areas = [a.get("area") for a in annotations]
-        known = np.array([type(area) in (int, float) for area in areas], dtype=bool)
+        known = np.array(
+            [type(area) in (int, float) and 0 <= area < math.inf for area in areas], dtype=bool
+        )
         if not known.all():
-            self.repairs.append(f"{np.count_nonzero(~known)} annotations without `area`")
+            self.repairs.append(f"{np.count_nonzero(~known)} annotations without a valid `area`")
         written = np.array(
             [area if k else 0 for area, k in zip(areas, known, strict=True)], dtype=np.float64
         )
@@ -270,7 +274,8 @@ class _Reader:
         unsaid = sum(flag is None for flag in crowd)
         if unsaid:
             self.repairs.append(f"{unsaid} annotations without `iscrowd`")
-        product = boxes_xywh[:, 2] * boxes_xywh[:, 3]
+        with np.errstate(over="ignore", invalid="ignore"):  # such boxes are dropped later
+            product = boxes_xywh[:, 2] * boxes_xywh[:, 3]
         return np.where(known, written, product), np.array([bool(c) for c in crowd], dtype=bool)
 
     def annotation_ids(self, annotations: list[dict]) -> np.ndarray:
@@ -280,7 +285,7 @@ class _Reader:
         AP silently.
         """
         ids = [annotation.get("id") for annotation in annotations]
-        if all(type(i) is int and i > 0 for i in ids) and len(set(ids)) == len(ids):
+        if all(type(i) is int and 0 < i < 2**63 for i in ids) and len(set(ids)) == len(ids):
             return np.array(ids, dtype=np.int64)
         self.repairs.append("annotation ids that are missing, not positive or used twice")
         return np.arange(1, len(ids) + 1, dtype=np.int64)

@@ -14,6 +14,7 @@ from asag.data.image_io import ImageReadError, open_image
 
 SMALL_AREA = 32**2  # COCO's limits between small, medium and large objects, square pixels
 MEDIUM_AREA = 96**2
+MAX_COORDINATE = 1e9  # pixels; beyond it areas and sums lose their meaning
 MAX_MISSING = 0.5  # more missing files than this share means a wrong folder, not a few losses
 
 
@@ -33,7 +34,7 @@ class DatasetReport:
         max_boxes_per_image: boxes in the fullest image; a detector needs at least as many queries.
         mean_boxes_per_image: boxes / images.
         thin_boxes: width or height of 1 pixel or less, including the invalid ones.
-        invalid_boxes: width or height not positive, or NaN or infinite numbers; dropped.
+        invalid_boxes: width or height not positive, or NaN, infinite or absurd numbers; dropped.
         boxes_beyond_image: partly outside their image by more than a pixel; clipped while loading.
         boxes_outside_image: not inside their image at all; dropped while loading.
         boxes_without_image: annotations of images the file does not list; dropped.
@@ -128,8 +129,8 @@ def inspect_table(table: CocoTable, name: str) -> tuple[DatasetReport, CocoTable
     table = _with_sizes(table, ~absent)
 
     xy, wh = table.boxes_xywh[:, :2], table.boxes_xywh[:, 2:]
-    finite = np.isfinite(table.boxes_xywh).all(axis=1)
-    valid = finite & (wh > 0).all(axis=1)
+    in_range = (np.abs(table.boxes_xywh) < MAX_COORDINATE).all(axis=1)  # False for NaN
+    valid = in_range & (wh > 0).all(axis=1)
     listed = table.box_image >= 0
     # Boxes of unlisted images look up row -1, the appended size of no limit.
     image_wh = np.vstack([table.image_hw[:, ::-1], [[np.iinfo(np.int64).max] * 2]])[table.box_image]

@@ -132,7 +132,7 @@ def missing_files(image_root: Path, file_names: Sequence[str]) -> np.ndarray:
     for folder, rows in rows_of_folder.items():
         try:
             present = set(os.listdir(image_root / folder))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name no file can have
             continue
         missing[rows] = [os.path.basename(file_names[row]) not in present for row in rows]
     return missing
