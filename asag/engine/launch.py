@@ -39,7 +39,7 @@ COMPLAINT = 2  # exit code when the user can mend it
 
 EPILOG = f"""
 --config-file takes a path or a file below configs/ (default {DEFAULT_CONFIG}),
---num-gpus the processes of this machine: one a GPU, or on the CPU where there is none; 0 is the CPU.
+--num-gpus the processes of this machine: one a GPU, on the CPU where there is none; 0 is CPU.
 
 Examples:
   train_net.py                                         a small detector on generated images
