@@ -29,7 +29,7 @@ def iou_prior(boxes_xyxy: Tensor, valid: Tensor | None = None) -> Tensor:
             outside of the diagonal.
 
     Returns:
-        (B, 1, N, N) in [0, 1], at least float32. Its gradient is finite for any boxes.
+        (B, 1, N, N) in [0, 1], at least float32. Its gradient is finite where areas are.
     """
     boxes = at_least_float32(boxes_xyxy)
     intersection, union = intersection_and_union(boxes[:, :, None], boxes[:, None])  # (B, N, N)
