@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Time and memory of detectors by phase, several of them side by side in one run.
+
+    python tools/benchmark.py configs/SparseRCNN/sparse_rcnn_tiny.yaml --size 128x160
+    python tools/benchmark.py A.yaml B.yaml --device cuda --batch 16 --amp bfloat16 --json out.json
+    python tools/benchmark.py A.yaml A.yaml@MODEL.CHANNELS_LAST=True   # one option against another
+
+The arms take turns (A B A B ...), so that a machine that warms up or is shared treats them alike.
+Images are random, weights are as initialised and training updates them by the configured recipe.
+"Other" is what no room does: normalising and padding the images, and postprocessing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+import torch  # noqa: E402
+from analyze import image_size  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
+
+from asag import load_config  # noqa: E402
+from asag.engine.optimizer import build_optimizer  # noqa: E402
+from asag.engine.profiling import (  # noqa: E402
+    PhaseTimer,
+    host_waits,
+    resident_bytes,
+    saved_bytes,
+)
+from asag.engine.step import AMP_DTYPES, TrainStep, build_clipper  # noqa: E402
+
+MODES = ("inference", "training")
+
+
+class Arm:
+    """One configuration under test: its model, optimiser, batch and times."""
+
+    def __init__(self, spec: str, args: argparse.Namespace) -> None:
+        """
+        Args:
+            spec: path of a yaml file, then any number of "@KEY=VALUE".
+            args: of the command line.
+        """
+        path, *own = spec.split("@")
+        options = [word for pair in own for word in pair.split("=", 1)]
+        flags = {"MODEL.CHANNELS_LAST": args.channels_last, "MODEL.COMPILE": args.compile}
+        common = [word for key, on in flags.items() if on for word in (key, "True")]
+        cfg = load_config(path, [*common, *args.opts, *options, "MODEL.DEVICE", args.device])
+        torch.manual_seed(args.seed)  # equal models start equal
+        self.name = spec
+        self.amp = AMP_DTYPES.get(args.amp)
+        self.model = build_model(cfg)
+        self.optimizer = build_optimizer(cfg, self.model)
+        self.timer = PhaseTimer(self.model, self.optimizer)
+        self.train_step = TrainStep(
+            self.model,
+            self.optimizer,
+            amp_dtype=self.amp,
+            clip=self.timer.as_optimizer(build_clipper(cfg)),
+        )
+        self.batch = random_batch(
+            args.batch, args.size, args.objects, cfg.MODEL.ROI_HEADS.NUM_CLASSES, args.device
+        )
+        self.times: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+        self.peak: dict[str, int] = {}
+
+    def run(self, mode: str) -> None:
+        """One forward pass in evaluation, or one training step."""
+        if mode == "training":
+            self.model.train()
+            self.train_step(self.batch)
+            return
+        self.model.eval()
+        device = self.model.device.type
+        with torch.no_grad(), torch.autocast(device, self.amp, enabled=self.amp is not None):
+            self.model(self.batch)
+
+    def measure(self, mode: str) -> None:
+        """Times one run and keeps the highest peak of device memory."""
+        cuda = self.model.device.type == "cuda"
+        if cuda:
+            before = torch.cuda.memory_allocated()
+            own = resident_bytes(self.model, self.optimizer)
+            torch.cuda.reset_peak_memory_stats()
+        with self.timer:
+            self.times[mode].append(self.timer.measure(lambda: self.run(mode)))
+        if cuda:  # less what the other arms hold
+            peak = torch.cuda.max_memory_allocated() - before + own
+            self.peak[mode] = max(peak, self.peak.get(mode, 0))
+
+    def report(self, modes: Sequence[str]) -> dict[str, Any]:
+        """All figures as plain numbers: milliseconds, bytes, counts."""
+        result: dict[str, Any] = {
+            "config": self.name,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+        }
+        for mode in modes:
+            times = self.times[mode]
+            median = statistics.median([t["total"] for t in times])
+            result[mode] = {
+                "median_ms": _of_phases(times, statistics.median),
+                "p95_ms": _of_phases(times, percentile_95),
+                "images_per_second": 1000 * len(self.batch) / median,
+                "host_waits": host_waits(lambda mode=mode: self.run(mode)),
+                "peak_bytes": self.peak.get(mode),
+            }
+        if "training" in modes:
+            result["saved_bytes"] = saved_bytes(self.model, lambda: self.run("training"))
+        result["resident_bytes"] = resident_bytes(self.model, self.optimizer)
+        return result
+
+
+def random_batch(
+    batch: int, size: tuple[int, int], objects: int, classes: int, device: str
+) -> list[dict[str, Any]]:
+    """Random images (on the device) with `objects` random boxes each (on the host)."""
+    height, width = size
+    whwh = torch.tensor([width, height, width, height])
+    samples = []
+    for i in range(batch):
+        centre, half = torch.rand(objects, 2), 0.05 + 0.2 * torch.rand(objects, 2)
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat((centre - half, centre + half), dim=1) * whwh)
+        instances.gt_boxes.clip(size)
+        instances.gt_classes = torch.randint(classes, (objects,))
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8).to(device)
+        samples.append({"image": image, "instances": instances, "file_name": f"random image {i}"})
+    return samples
+
+
+def measure_arms(
+    arms: Sequence[Arm], modes: Sequence[str], warmup: int, iterations: int
+) -> list[dict[str, Any]]:
+    """Runs every arm in turn, `iterations` times after `warmup` untimed ones, mode after mode."""
+    for mode in modes:
+        for arm in arms:
+            for _ in range(warmup):
+                arm.run(mode)
+        for _ in range(iterations):
+            for arm in arms:
+                arm.measure(mode)
+    return [arm.report(modes) for arm in arms]
+
+
+def percentile_95(values: Sequence[float]) -> float:
+    """The smallest value that at least 95 % of all do not exceed."""
+    return sorted(values)[-(-95 * len(values) // 100) - 1]
+
+
+def _of_phases(
+    times: list[dict[str, float]], statistic: Callable[[list[float]], float]
+) -> dict[str, float]:
+    return {phase: statistic([t[phase] for t in times]) for phase in times[0]}
+
+
+def render(settings: dict[str, Any], reports: list[dict[str, Any]]) -> str:
+    """The tables that people read: a column an arm, with the ratio to the first."""
+    names = [r["config"] for r in reports]
+    lines = [f"{chr(65 + i)}: {name}" for i, name in enumerate(names)]
+    lines.append(", ".join(f"{key} {value}" for key, value in settings.items()))
+    for mode in (m for m in MODES if m in reports[0]):
+        columns = [r[mode] for r in reports]
+        heads = "".join(f"{chr(65 + i):>20}" for i in range(len(names)))
+        lines += ["", f"{mode + ' (ms)':<22}{heads}"]
+        phases = dict.fromkeys(phase for c in columns for phase in c["median_ms"])
+        for phase in (*(p for p in phases if p != "total"), "total"):
+            lines.append(_row(phase, [c["median_ms"].get(phase) for c in columns]))
+        lines.append(_row("total, 95th percentile", [c["p95_ms"]["total"] for c in columns]))
+        lines.append(_row("images a second", [c["images_per_second"] for c in columns]))
+        lines.append(_row("host waits", [sum(c["host_waits"].values()) for c in columns], "d"))
+        if columns[0]["peak_bytes"] is not None:
+            lines.append(_row("peak memory (MB)", [c["peak_bytes"] / 1e6 for c in columns]))
+    lines += ["", _row("resident memory (MB)", [r["resident_bytes"] / 1e6 for r in reports])]
+    if "saved_bytes" in reports[0]:
+        lines.append(_row("saved activations (MB)", [r["saved_bytes"] / 1e6 for r in reports]))
+    return "\n".join(lines)
+
+
+def _row(name: str, values: Sequence[float | None], style: str = ".2f") -> str:
+    cells = []
+    for i, value in enumerate(values):
+        if value is None:
+            cells.append("-")
+        elif i and values[0]:
+            cells.append(f"{value:{style}} ({value / values[0]:.2f}x)")
+        else:
+            cells.append(f"{value:{style}}")
+    return f"{name:<22}" + "".join(f"{cell:>20}" for cell in cells)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("configs", nargs="+", metavar="CONFIG[@KEY=VALUE...]", help="arms of the comparison")
+    add("--mode", choices=(*MODES, "both"), default="both")
+    add("--batch", type=positive, default=2, help="images (default 2)")
+    add("--size", type=image_size, default=(800, 1216), metavar="HxW", help="default 800x1216")
+    add("--objects", type=int, default=7, help="ground truths of an image (default 7)")
+    add("--iterations", type=positive, default=20, help="timed runs of an arm (default 20)")
+    add("--warmup", type=positive, default=3, help="runs before (default 3)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    add("--threads", type=positive, help="CPU threads")
+    add("--amp", choices=("float32", *AMP_DTYPES), default="float32", help="number format")
+    add("--tf32", action="store_true", help="allow TF32 products (CUDA)")
+    add("--channels-last", action="store_true", help="MODEL.CHANNELS_LAST for all arms")
+    add("--compile", action="store_true", help="MODEL.COMPILE for all arms")
+    add("--seed", type=int, default=0)
+    add("--json", metavar="FILE", help="write all figures there as well")
+    add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE for all arms, last")
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    """A whole number above zero.
+
+    Raises:
+        argparse.ArgumentTypeError: anything else.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = parse(arguments)
+    modes = MODES if args.mode == "both" else (args.mode,)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    try:
+        if args.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("there is no CUDA device here; use --device cpu")
+        arms = [Arm(spec, args) for spec in args.configs]
+    except (OSError, KeyError, ValueError) as error:
+        print(f"benchmark: {error.args[0] if len(error.args) == 1 else error}", file=sys.stderr)
+        return 2
+    settings = {
+        "device": device_name(args.device),
+        "torch": torch.__version__,
+        "batch": args.batch,
+        "size": "x".join(map(str, args.size)),
+        "objects": args.objects,
+        "format": args.amp + (" (TF32)" if args.tf32 else ""),
+        "rounds": args.iterations,
+    }
+    reports = measure_arms(arms, modes, args.warmup, args.iterations)
+    print(render(settings, reports))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"settings": settings, "arms": reports}, indent=2))
+    return 0
+
+
+def device_name(device: str) -> str:
+    """What the times were taken on."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU ({torch.get_num_threads()} threads)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
