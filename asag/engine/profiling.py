@@ -124,9 +124,9 @@ class PhaseTimer:
 class _BlockingCopies(TorchFunctionMode):
     """Counts copies between host and device that the host waits for.
 
-    Seen at the level of Python calls: `.cpu()`, `.tolist()` and tensors made from Python numbers on
-    a given device, which show on a CPU too although nothing is copied there, and `.to(another device)`
-    without `non_blocking=True`.
+    Seen at the level of Python calls. `.cpu()`, `.tolist()` and tensors made from Python numbers on
+    a given device show on a CPU too, although nothing is copied there; `.to(another device)`
+    counts without `non_blocking=True`.
     """
 
     def __init__(self, counts: Counter[str]) -> None:
