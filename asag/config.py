@@ -106,6 +106,9 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.COMPILE = False
     # IoU threshold of class-wise non-maximum suppression on the detections, 0 to 1; 0 is off.
     cfg.MODEL.NMS_THRESH_TEST = 0.0
+    # Module between backbone and everything that reads features; "" is none (FPN is a backbone).
+    cfg.MODEL.NECK = CN()
+    cfg.MODEL.NECK.NAME = ""
     # Number of queries N.
     cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES = 100
     _add_dynamic_proposals(cfg)

@@ -22,7 +22,7 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from .data.mapper import test_augmentations
+from .data.mapper import eval_augmentations
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class Predictor:
         return cls(
             model,
             class_names=find_class_names(cfg, checkpoint),
-            augmentations=test_augmentations(cfg),
+            augmentations=eval_augmentations(cfg),
             image_format=cfg.INPUT.FORMAT,
             batch_size=batch_size,
             score_threshold=score_threshold,
@@ -210,14 +210,12 @@ def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
         return _StrictCheckpointer(model, save_to_disk=False).load(path)
     except ValueError as error:
         raise ValueError(f"weights {path} do not fit the configuration: {error}") from error
-    except (
-        Exception
-    ) as error:  # torch and pickle raise RuntimeError, UnpicklingError, EOFError, ...
+    except Exception as error:  # torch and pickle raise a dozen kinds
         raise ValueError(f"cannot read weights {path}: {error}") from error
 
 
 def find_class_names(cfg: CfgNode, checkpoint: dict[str, Any]) -> list[str]:
-    """Names of the classes: from the checkpoint, else the metadata of DATASETS.TEST, else "class 0".
+    """Class names of the checkpoint, else of the metadata of DATASETS.TEST, else "class 0", ...
 
     Names whose number differs from MODEL.ROI_HEADS.NUM_CLASSES belong to another data set and are
     passed over, with a warning.

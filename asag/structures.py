@@ -1,4 +1,5 @@
-"""What flows through the corridor: `Queries`, `Predictions` and the padded ground truth `Targets`.
+"""What flows through the corridor: `Queries`, `Predictions`, and beside them `ImageSizes` and the
+padded ground truth `Targets`.
 
 B images, N queries, C channels, S stages, K classes, M objects of the fullest image (padding).
 All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks speak
@@ -14,6 +15,53 @@ from dataclasses import dataclass
 import torch
 from detectron2.structures import ImageList, Instances
 from torch import Tensor
+
+
+@dataclass
+class ImageSizes:
+    """Sizes of the images of a batch, before and after padding.
+
+    Attributes:
+        whwh: (B, 4) float32 width, height, width, height of each unpadded image, on the device.
+        hw: (height, width) of each unpadded image, on the host.
+        padded_hw: (height, width) of the batch.
+    """
+
+    whwh: Tensor
+    hw: tuple[tuple[int, int], ...]
+    padded_hw: tuple[int, int]
+
+    @classmethod
+    def from_images(cls, images: ImageList) -> ImageSizes:
+        """Reads Detectron2's image list."""
+        hw = tuple((int(h), int(w)) for h, w in images.image_sizes)
+        padded_hw = tuple(images.tensor.shape[-2:])
+        return cls.from_hw(hw, padded_hw, device=images.tensor.device)
+
+    @classmethod
+    def from_hw(
+        cls,
+        hw: Sequence[tuple[int, int]],
+        padded_hw: tuple[int, int] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> ImageSizes:
+        """From sizes on the host; the batch is padded to the largest sides unless said
+        otherwise."""
+        hw = tuple(hw)
+        if padded_hw is None:
+            padded_hw = (max(h for h, _ in hw), max(w for _, w in hw))
+        whwh = torch.tensor([(w, h, w, h) for h, w in hw], dtype=dtype)
+        return cls(whwh.to(device, non_blocking=True), hw, padded_hw)
+
+    def __len__(self) -> int:
+        return len(self.hw)
+
+    @property
+    def any_padding(self) -> bool:
+        """Whether any image is smaller than the batch; known on the host."""
+        return any(size != self.padded_hw for size in self.hw)
 
 
 @dataclass
@@ -112,9 +160,3 @@ class Targets:
         return cls.from_lists(
             [x.gt_boxes.tensor for x in instances], [x.gt_classes for x in instances], image_whwh
         )
-
-
-def image_whwh(images: ImageList, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, 4) width, height, width, height of each unpadded image, on the images' device."""
-    sizes = torch.tensor([(w, h, w, h) for h, w in images.image_sizes], dtype=dtype)
-    return sizes.to(images.tensor.device, non_blocking=True)

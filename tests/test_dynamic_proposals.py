@@ -7,6 +7,7 @@ from torch import Tensor
 
 from asag.modeling.layers.boxes import cxcywh_to_xyxy
 from asag.modeling.proposals import DynamicProposals, LearnedProposals
+from asag.structures import ImageSizes
 
 LEVELS = ["p2", "p3", "p4", "p5"]
 
@@ -36,11 +37,11 @@ def pyramid(batch: int = 2, height: int = 64, width: int = 96, dim: int = 8) -> 
     }
 
 
-def whwh(batch: int = 2) -> Tensor:
-    return torch.tensor([[96.0, 64.0, 96.0, 64.0]]).repeat(batch, 1)
+def sizes(batch: int = 2) -> ImageSizes:
+    return ImageSizes.from_hw([(64, 96)] * batch)
 
 
-def reference(module: DynamicProposals, features: dict[str, Tensor], size: Tensor) -> tuple:
+def reference(module: DynamicProposals, features: dict[str, Tensor], size: ImageSizes) -> tuple:
     """The definition, one image, expert and proposal at a time; channels summed after resizing."""
     boxes, contents = [], []
     for b in range(len(size)):
@@ -61,7 +62,7 @@ def reference(module: DynamicProposals, features: dict[str, Tensor], size: Tenso
         for n in range(scores.shape[1]):
             weights = scores[:, n].exp() / scores[:, n].exp().sum()
             box = sum(w * x[n] for w, x in zip(weights, module.expert_boxes_cxcywh, strict=True))
-            boxes.append(cxcywh_to_xyxy(box) * size[b])
+            boxes.append(cxcywh_to_xyxy(box) * size.whwh[b])
             contents.append(
                 sum(w * x[n] for w, x in zip(weights, module.expert_features, strict=True))
             )
@@ -72,8 +73,8 @@ def reference(module: DynamicProposals, features: dict[str, Tensor], size: Tenso
 def test_equals_definition(staircase: bool) -> None:
     module = make(staircase=staircase).eval()
     torch.nn.init.uniform_(module.expert_boxes_cxcywh)
-    queries, losses = module(pyramid(), whwh())
-    boxes, content = reference(module, pyramid(), whwh())
+    queries, losses = module(pyramid(), sizes())
+    boxes, content = reference(module, pyramid(), sizes())
     torch.testing.assert_close(queries.boxes_xyxy, boxes, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(queries.content, content, atol=1e-5, rtol=1e-5)
     assert losses == {} and queries.valid.all()
@@ -93,7 +94,7 @@ def test_staircase_widths_and_size_of_the_paper() -> None:
 def test_proposals_depend_on_the_image_and_gradient_reaches_it() -> None:
     module = make()
     features = {k: v.requires_grad_() for k, v in pyramid().items()}
-    queries, _ = module(features, whwh())
+    queries, _ = module(features, sizes())
     assert (queries.content[0] - queries.content[1]).abs().max() > 1e-4
     queries.content.pow(2).sum().backward()
     assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in features.values())
@@ -109,18 +110,18 @@ def test_weights_are_a_softmax_over_experts() -> None:
 def test_temperature_anneals_is_saved_and_stays_in_evaluation() -> None:
     module, seen = make(), []
     for _ in range(6):
-        module(pyramid(), whwh())
+        module(pyramid(), sizes())
         seen.append(float(module.temperature))
     assert seen == pytest.approx([10.0, 7.75, 5.5, 3.25, 1.0, 1.0])
     resumed = make()
-    resumed(pyramid(), whwh())
-    resumed(pyramid(), whwh())
+    resumed(pyramid(), sizes())
+    resumed(pyramid(), sizes())
     copy = make()
     copy.load_state_dict(resumed.state_dict())
     assert float(copy.temperature) == pytest.approx(7.75)
-    copy.eval()(pyramid(), whwh())
+    copy.eval()(pyramid(), sizes())
     assert float(copy.temperature) == pytest.approx(7.75)
-    copy.train()(pyramid(), whwh())
+    copy.train()(pyramid(), sizes())
     assert float(copy.temperature) == pytest.approx(5.5)
     assert float(make(tau_steps=0).temperature) == 1.0
 
@@ -131,15 +132,15 @@ def test_experts_start_from_learned_proposals() -> None:
     module = make().eval()
     missing, unexpected = module.load_state_dict(learned.state_dict(), strict=False)
     assert not unexpected and not {"expert_features", "expert_boxes_cxcywh"} & set(missing)
-    ours, _ = module(pyramid(), whwh())
-    theirs, _ = learned(pyramid(), whwh())
+    ours, _ = module(pyramid(), sizes())
+    theirs, _ = learned(pyramid(), sizes())
     torch.testing.assert_close(ours.boxes_xyxy, theirs.boxes_xyxy)
     torch.testing.assert_close(ours.content, theirs.content)
 
 
 @pytest.mark.parametrize("height,width", [(32, 32), (64, 160), (224, 96)])
 def test_any_image_size(height: int, width: int) -> None:
-    queries, _ = make()(pyramid(1, height, width), whwh(1))
+    queries, _ = make()(pyramid(1, height, width), sizes(1))
     assert queries.content.shape == (1, 6, 8) and queries.content.isfinite().all()
 
 
@@ -147,9 +148,9 @@ def test_boxes_stay_float32_under_autocast() -> None:
     module = make().eval()
     torch.nn.init.uniform_(module.expert_boxes_cxcywh)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        queries, _ = module(pyramid(), whwh())
+        queries, _ = module(pyramid(), sizes())
     assert queries.boxes_xyxy.dtype == torch.float32
-    exact, _ = module(pyramid(), whwh())
+    exact, _ = module(pyramid(), sizes())
     # The weights may be rounded; mixing may not add rounding of its own beyond theirs.
     torch.testing.assert_close(queries.boxes_xyxy, exact.boxes_xyxy, atol=0.5, rtol=0)
 

@@ -21,9 +21,10 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from ..structures import Predictions, Queries, Targets, image_whwh
+from ..structures import ImageSizes, Predictions, Queries, Targets
 from .criterion import build_criterion
 from .matching import build_matcher
+from .neck import build_neck
 from .postprocess import select_detections
 from .registry import build_room
 
@@ -40,6 +41,7 @@ class SparseDetector(nn.Module):
         self,
         *,
         backbone: Backbone,
+        neck: nn.Module | None = None,
         proposal_generator: nn.Module,
         roi_heads: nn.Module,
         matcher: nn.Module,
@@ -55,9 +57,10 @@ class SparseDetector(nn.Module):
     ) -> None:
         """
         Args:
-            backbone: image -> feature maps, neck included.
-            proposal_generator: `(features, image_whwh, targets) -> (Queries, losses)`.
-            roi_heads: `(features, Queries) -> Predictions`.
+            backbone: image -> feature maps.
+            neck: `(features, sizes) -> features`; None where the backbone says it all (FPN).
+            proposal_generator: `(features, sizes, targets) -> (Queries, losses)`.
+            roi_heads: `(features, Queries, sizes) -> Predictions`.
             matcher: `(predictions, targets) -> assignment`.
             criterion: `(predictions, targets, assignment) -> losses`.
             pixel_mean, pixel_std: of the image channels, in the order of `input_format`.
@@ -70,6 +73,7 @@ class SparseDetector(nn.Module):
         """
         super().__init__()
         self.backbone = backbone
+        self.neck = neck
         self.proposal_generator = proposal_generator
         self.roi_heads = roi_heads
         self.matcher = matcher
@@ -94,8 +98,12 @@ class SparseDetector(nn.Module):
         cls.check_rooms(cfg)
         model, backbone = cfg.MODEL, build_backbone(cfg)
         shape = backbone.output_shape()
+        neck = build_neck(cfg, shape)
+        if neck is not None:
+            shape = neck.output_shape()
         return {
             "backbone": backbone,
+            "neck": neck,
             "proposal_generator": build_room(
                 PROPOSAL_GENERATOR_REGISTRY,
                 "MODEL.PROPOSAL_GENERATOR.NAME",
@@ -151,14 +159,15 @@ class SparseDetector(nn.Module):
             name -> scalar loss, or a list of `{"instances": Instances}` in the wanted resolution.
         """
         images = self.preprocess_images(batched_inputs)
-        targets = self.read_targets(batched_inputs, images) if self.training else None
-        predictions, losses = self.predict(images, targets)
+        sizes = ImageSizes.from_images(images)
+        targets = self.read_targets(batched_inputs, sizes) if self.training else None
+        predictions, losses = self.predict(images.tensor, sizes, targets)
         if self.training:
             assignment = self.matcher(predictions, targets)
             return losses | self.criterion(predictions, targets, assignment)
         detections = select_detections(
             predictions,
-            images.image_sizes,
+            sizes.hw,
             top_k=self.top_k,
             softmax=self.softmax,
             nms_threshold=self.nms_threshold,
@@ -169,13 +178,16 @@ class SparseDetector(nn.Module):
         ]
 
     def predict(
-        self, images: ImageList, targets: Targets | None = None
+        self, images: Tensor, sizes: ImageSizes, targets: Targets | None = None
     ) -> tuple[Predictions, dict[str, Tensor]]:
-        """Predictions of every stage and the proposal generator's own losses."""
-        features: dict[str, Tensor] = self.backbone(images.tensor)
+        """Predictions of every stage for normalised images (B, 3, H, W), and the proposal
+        generator's own losses."""
+        features: dict[str, Tensor] = self.backbone(images)
+        if self.neck is not None:
+            features = self.neck(features, sizes)
         queries: Queries
-        queries, losses = self.proposal_generator(features, image_whwh(images), targets)
-        return self.roi_heads(features, queries), losses
+        queries, losses = self.proposal_generator(features, sizes, targets)
+        return self.roi_heads(features, queries, sizes), losses
 
     def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalises, pads at the right and bottom with zeros, and batches.
@@ -197,7 +209,7 @@ class SparseDetector(nn.Module):
         images.tensor = images.tensor.contiguous(memory_format=self.memory_format)
         return images
 
-    def read_targets(self, batched_inputs: list[dict[str, Any]], images: ImageList) -> Targets:
+    def read_targets(self, batched_inputs: list[dict[str, Any]], sizes: ImageSizes) -> Targets:
         """Padded ground truth of a training batch.
 
         Raises:
@@ -211,7 +223,7 @@ class SparseDetector(nn.Module):
                     "(is_train=True)"
                 )
             instances.append(x["instances"])
-        return Targets.from_instances(instances, image_whwh(images))
+        return Targets.from_instances(instances, sizes.whwh)
 
 
 def _name(x: dict[str, Any]) -> Any:

@@ -5,6 +5,8 @@ B images, N queries, K classes, D detections kept.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
@@ -16,7 +18,7 @@ from .layers.boxes import at_least_float32
 
 def select_detections(
     predictions: Predictions,
-    image_sizes_hw: list[tuple[int, int]],
+    image_sizes_hw: Sequence[tuple[int, int]],
     *,
     top_k: int,
     softmax: bool = False,

@@ -21,7 +21,7 @@ from asag.modeling.layers.roi_align import PyramidRoIAlign
 from asag.modeling.matching import HungarianMatcher, MatchingCost
 from asag.modeling.postprocess import select_detections
 from asag.modeling.proposals import LearnedProposals
-from asag.structures import Predictions, Targets
+from asag.structures import ImageSizes, Predictions, Targets
 
 from .common import Check, UnknownCase
 
@@ -55,8 +55,11 @@ class RefinementCase:
         self.dtype = case["pred_logits"].dtype
         self.model.to(self.dtype).eval()
         self.features = {name: x.to(self.dtype) for name, x in case["features"].items()}
-        hw = case["image_sizes_hw"].to(self.dtype)
-        self.image_whwh = torch.cat((hw.flip(1), hw.flip(1)), dim=1)
+        self.sizes = ImageSizes.from_hw(
+            [tuple(x) for x in case["image_sizes_hw"].tolist()],
+            tuple(case["padded_hw"].tolist()),
+            dtype=self.dtype,
+        )
         weights = {
             "class_weight": config["class_weight"],
             "l1_weight": config["l1_weight"],
@@ -80,8 +83,8 @@ class RefinementCase:
 
         hooks = [x.register_forward_hook(record) for x in self.model.roi_heads.stages]
         try:
-            queries, _ = self.model.proposal_generator(self.features, self.image_whwh)
-            return self.model.roi_heads(self.features, queries), seen
+            queries, _ = self.model.proposal_generator(self.features, self.sizes)
+            return self.model.roi_heads(self.features, queries, self.sizes), seen
         finally:
             for hook in hooks:
                 hook.remove()
@@ -110,8 +113,9 @@ class RefinementCase:
 
     def detections(self, predictions: Predictions) -> Iterator[Check]:
         """Detections before and after rescaling to the wanted size."""
-        sizes = [tuple(x) for x in self.case["image_sizes_hw"].tolist()]
-        found = select_detections(predictions, sizes, top_k=self.case["config"]["num_proposals"])
+        found = select_detections(
+            predictions, self.sizes.hw, top_k=self.case["config"]["num_proposals"]
+        )
         for b, raw in enumerate(found):
             height, width = self.case["postprocess_hw"][b].tolist()
             # Rescaling works in place.
@@ -128,7 +132,7 @@ class RefinementCase:
         targets = Targets.from_lists(
             [x["boxes_xyxy"] for x in train["targets"]],
             [x["labels"] for x in train["targets"]],
-            self.image_whwh,
+            self.sizes.whwh,
         )
         self.model.zero_grad(set_to_none=True)
         predictions, _ = self.predict()

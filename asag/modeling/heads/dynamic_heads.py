@@ -13,7 +13,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from torch import Tensor, nn
 
-from ...structures import Predictions, Queries
+from ...structures import ImageSizes, Predictions, Queries
 from ..layers.boxes import at_least_float32
 from ..layers.roi_align import PyramidRoIAlign
 from .build import build_attention, build_interaction
@@ -94,12 +94,15 @@ class DynamicConvHeads(nn.Module):
             "in_features": heads.IN_FEATURES,
         }
 
-    def forward(self, features: dict[str, Tensor], queries: Queries) -> Predictions:
+    def forward(
+        self, features: dict[str, Tensor], queries: Queries, sizes: ImageSizes
+    ) -> Predictions:
         """Predictions of all stages.
 
         Args:
             features: name -> (B, C, H, W).
             queries: with boxes and content.
+            sizes: not needed, boxes are in pixels.
         """
         # Converted once: RoIAlign works in float32, and every stage reads the same maps.
         maps = [at_least_float32(features[f]) for f in self.in_features]

@@ -1,7 +1,7 @@
 """Dynamic label assignment of Dynamic Sparse R-CNN (Hong et al., CVPR 2022, Section 3.2).
 
 Every ground truth supplies some units of positive labels, every prediction takes one label, the
-background supplies the rest; the cheapest way to hand them out is an optimal transport plan (Eq. 1).
+background supplies the rest; an optimal transport plan hands them out at the least cost (Eq. 1).
 
 S stages, B images, N queries, M padded ground truths, P = S * B problems.
 """

@@ -15,6 +15,7 @@ predictions are positive; for whole supplies that is the transport optimum itsel
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,8 +29,7 @@ from torch import Tensor
 from .transport_repair import RowBounds, count_rows, repair_assignment
 
 NON_FINITE_PENALTY = 1e3  # above the row's largest finite cost
-LOG_NO_SUPPLY = -1e4  # log of an empty supply: exp() of it is exactly zero, yet it stays finite
-CHECK_EVERY = 10  # Sinkhorn iterations between looks at the stopping rule
+CHECK_EVERY = 10  # Sinkhorn iterations at one entropy weight, between looks at the stopping rule
 PARALLEL_CELLS = 2_000_000  # below this many cost entries threads cost more than they save
 
 
@@ -142,19 +142,19 @@ class SinkhornTransport:
 
     Attributes:
         epsilon: entropy weight of the last iteration, in units of cost.
-        epsilon_start: entropy weight of the first; shrinks geometrically.
+        epsilon_start: entropy weight of the first; shrinks geometrically, every ten iterations.
         iterations: bound on the iterations (one column and one row update each).
-        relaxation: factor on every update, in [1, 2).
+        relaxation: factor on every update, in [1, 1.7]; larger ones diverge.
         row_rescale: divide each row of the plan by its maximum before reading it, as OTA does.
         repair_rounds: bound on the units moved afterwards; 0 returns the plan's column-wise argmax.
     """
 
     epsilon: float = 0.001
     epsilon_start: float = 1.0
-    iterations: int = 100
+    iterations: int = 60
     relaxation: float = 1.5
     row_rescale: bool = False
-    repair_rounds: int = 16
+    repair_rounds: int = 8
 
     def __post_init__(self) -> None:
         key = "MODEL.MATCHER.OT"
@@ -165,8 +165,8 @@ class SinkhornTransport:
             )
         if self.iterations < 1:
             raise ValueError(f"{key}.ITERS is {self.iterations}; it must be 1 or more")
-        if not 1 <= self.relaxation < 2:
-            raise ValueError(f"{key}.RELAXATION is {self.relaxation}; it must lie in [1, 2)")
+        if not 1 <= self.relaxation <= 1.7:
+            raise ValueError(f"{key}.RELAXATION is {self.relaxation}; it must lie in [1, 1.7]")
         if self.repair_rounds < 0:
             raise ValueError(f"{key}.REPAIR_ROUNDS is {self.repair_rounds}; it must be >= 0")
 
@@ -180,50 +180,60 @@ class SinkhornTransport:
             potentials, assignment, error = self._iterate(rows, supply, bounds)
             if self.repair_rounds:
                 assignment = repair_assignment(
-                    rows, potentials, assignment, bounds, rounds=self.repair_rounds
+                    rows,
+                    potentials,
+                    assignment,
+                    bounds,
+                    rounds=self.repair_rounds,
+                    tie=self.epsilon,
                 )
             missed = bounds.violation(count_rows(assignment, rows.shape[1]))
         return Transport(assignment - 1, error, missed)
 
-    def schedule(self) -> list[float]:
-        """Entropy weight of every iteration."""
+    def schedule(self) -> list[tuple[float, int]]:
+        """Entropy weight and number of iterations between two looks at the stopping rule."""
+        levels = math.ceil(self.iterations / CHECK_EVERY)
         ratio = self.epsilon / self.epsilon_start
-        last = max(self.iterations - 1, 1)
-        return [self.epsilon_start * ratio ** (t / last) for t in range(self.iterations)]
+        steps = []
+        for level in range(levels):
+            share = level / (levels - 1) if levels > 1 else 1.0
+            length = min(CHECK_EVERY, self.iterations - level * CHECK_EVERY)
+            steps.append((self.epsilon_start * ratio**share, length))
+        return steps
 
     def _iterate(
         self, rows: Tensor, supply: Tensor, bounds: RowBounds
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Potentials (P, R), assignment (P, N) in 0..M and marginal error (P,) at each one's end.
+        """Potentials (P, R), assignment (P, N) in 0..M and marginal error (P,) of each problem when
+        it stopped.
 
         The state is (u + v - cost) / epsilon. A normalisation over rows or columns shifts u or v,
         and a new epsilon scales it, so the potentials themselves are never needed on the way.
         """
-        log_supply = log_of_supply(supply, rows.shape[-1])[..., None]
+        every_supply = with_background_supply(supply, rows.shape[-1])[..., None]
+        # An empty supply is a potential far below all costs. It must be one of fixed size: the
+        # over-relaxed iterations would overshoot a fixed logarithm whenever epsilon shrinks.
+        bottomless = -8 * (rows.amax(dim=(1, 2), keepdim=True) + 1)  # (P, 1, 1)
+        unused = torch.nn.functional.pad(supply == 0, (1, 0))  # padded rows; never the background
         cheapest = rows.argmin(dim=-1, keepdim=True)  # (P, R, 1), where potentials are read
         schedule = self.schedule()
-        state = rows / -schedule[0]
-        done = None
-        for t, epsilon in enumerate(schedule):
-            if t and epsilon != schedule[t - 1]:
-                state *= schedule[t - 1] / epsilon
-            state.lerp_(state.log_softmax(dim=1), self.relaxation)
-            state.lerp_(state.log_softmax(dim=2).add_(log_supply), self.relaxation)
-            if (t + 1) % CHECK_EVERY and t + 1 < len(schedule):
-                continue
+        state, previous = rows / -schedule[0][0], schedule[0][0]
+        done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        result = None
+        for epsilon, length in schedule:
+            state *= previous / epsilon
+            previous = epsilon
+            log_supply = torch.where(every_supply > 0, every_supply.log(), bottomless / epsilon)
+            for _ in range(length):
+                state.lerp_(state.log_softmax(dim=1), self.relaxation)
+                state.lerp_(state.log_softmax(dim=2).add_(log_supply), self.relaxation)
             potentials = self._potentials(state, rows, cheapest, epsilon)
+            potentials = potentials.masked_fill(unused, -torch.inf)
             assignment = (rows - potentials[..., None]).argmin(dim=1)
             error = (state.logsumexp(dim=1).exp() - 1).abs().amax(dim=-1)
-            met = bounds.violation(count_rows(assignment, rows.shape[1])) == 0
-            if done is None:
-                result, done = (potentials, assignment, error), met
-            else:
-                fresh = (potentials, assignment, error)
-                result = tuple(
-                    torch.where(done.view(-1, *(1,) * (new.dim() - 1)), old, new)
-                    for old, new in zip(result, fresh, strict=True)
-                )
-                done = done | met
+            current = (potentials, assignment, error)
+            result = current if result is None else _keep_where(done, result, current)
+            done = done | (bounds.violation(count_rows(assignment, rows.shape[1])) == 0)
             if done.device.type == "cpu" and bool(done.all()):
                 break
         return result
@@ -238,6 +248,16 @@ class SinkhornTransport:
             potentials = potentials - epsilon * state.amax(dim=2)
             potentials = potentials - potentials[:, :1]
         return potentials
+
+
+def _keep_where(
+    done: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """Field by field, the old values of problems that are done and the new ones of the others."""
+    return tuple(
+        torch.where(done.view(-1, *(1,) * (y.dim() - 1)), x, y)
+        for x, y in zip(old, new, strict=True)
+    )
 
 
 def table_with_background(cost: Tensor, column_valid: Tensor) -> Tensor:
@@ -255,8 +275,7 @@ def table_with_background(cost: Tensor, column_valid: Tensor) -> Tensor:
     return torch.nn.functional.pad(cost, (0, 0, 1, 0)).float()
 
 
-def log_of_supply(supply: Tensor, num_columns: int) -> Tensor:
-    """(P, M) -> (P, R) logarithms, the background's share of all columns (padded too) first."""
+def with_background_supply(supply: Tensor, num_columns: int) -> Tensor:
+    """(P, M) -> (P, R) float32, the background's share of all columns (padded too) first."""
     rest = num_columns - supply.sum(dim=-1, keepdim=True)
-    every = torch.cat((rest, supply), dim=-1).float()
-    return torch.where(every > 0, every.clamp(min=1e-12).log(), LOG_NO_SUPPLY)
+    return torch.cat((rest, supply), dim=-1).float()

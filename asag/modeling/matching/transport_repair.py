@@ -6,8 +6,11 @@ hands one unit from a row with too many columns to a row with too few. The cheap
 assignment optimal for its new counts (successive shortest paths, with Johnson's potentials to keep
 lengths non-negative), so mending ends in the transport optimum if its rounds suffice.
 
-P problems, R rows with the background first, N columns. All problems advance together, each by one
-chain a round, and nothing waits for the device.
+Ties are settled before, many units at a time: columns to which another row means as much change
+over directly. What the chains leave is settled the same way whatever it costs.
+
+P problems, R rows with the background first, N columns. All problems advance together and nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ import torch
 from torch import Tensor
 
 SUPPLY_SLACK = 1e-4  # float32 noise around whole supplies
-MAX_HOPS = 8  # rows a chain may pass; longer ones are never the cheapest in practice
+MAX_HOPS = 6  # rows a chain may pass; longer ones are never the cheapest in practice
 HOP_COST = 1e-6  # makes every move cost something, so that chains cannot run in circles
+SETTLING_ROUNDS = 3  # of direct moves, before and after the chains
+JITTER = 1e-6  # spreads columns for which several rows are equal over these rows
 
 
 class RowBounds(NamedTuple):
@@ -51,34 +56,97 @@ def count_rows(assignment: Tensor, num_rows: int) -> Tensor:
 
 
 def repair_assignment(
-    rows: Tensor, potentials: Tensor, assignment: Tensor, bounds: RowBounds, *, rounds: int
+    rows: Tensor,
+    potentials: Tensor,
+    assignment: Tensor,
+    bounds: RowBounds,
+    *,
+    rounds: int,
+    tie: float,
 ) -> Tensor:
     """Brings row counts within their bounds at the least cost.
 
     Args:
         rows: (P, R, N) costs.
-        potentials: (P, R) for which `assignment` is the column-wise argmin of `rows - potentials`.
+        potentials: (P, R) for which `assignment` is the column-wise argmin of `rows - potentials`;
+            minus infinity for rows without supply.
         assignment: (P, N) int64 in 0..R-1.
         bounds: permitted counts.
         rounds: chains tried in each problem.
+        tie: costs that differ by less count as equal.
 
     Returns:
         (P, N) int64. No row exceeds its upper bound and the background reaches its lower one even
         if the rounds were too few; rows may then lack columns.
     """
+    assignment = _settle(rows, potentials, assignment, bounds, tolerance=tie)
     for _ in range(rounds):
-        counts = count_rows(assignment, rows.shape[1])
-        if counts.device.type == "cpu" and not bool(bounds.violation(counts).any()):
+        spare, room = _ends(count_rows(assignment, rows.shape[1]), bounds)
+        if _settled(room):
             return assignment
-        potentials, assignment = _move_one_unit(rows, potentials, assignment, counts, bounds)
-    return _drop_excess(rows, assignment, bounds)
+        potentials, assignment = _move_one_unit(rows, potentials, assignment, spare > 0, room > 0)
+    assignment = _settle(rows, potentials, assignment, bounds, tolerance=torch.inf)
+    return _drop_excess(rows - potentials[..., None], assignment, bounds)
+
+
+def _settled(room: Tensor) -> bool:
+    """Whether no problem needs a move; only looked at where looking is free."""
+    return room.device.type == "cpu" and not bool(room.any())
+
+
+def _ends(counts: Tensor, bounds: RowBounds) -> tuple[Tensor, Tensor]:
+    """Columns that each row can give and can take, (P, R) each; zero where all is well."""
+    lacking = (bounds.lower - counts).clamp(min=0)
+    excess = (counts - bounds.upper).clamp(min=0)
+    urgent = lacking.any(dim=1, keepdim=True)
+    spare = torch.where(urgent, (counts - bounds.lower).clamp(min=0), excess)
+    relief = (bounds.upper - counts).clamp(min=0) * excess.any(dim=1, keepdim=True)
+    return spare, torch.where(urgent, lacking, relief)
+
+
+def _settle(
+    rows: Tensor, potentials: Tensor, assignment: Tensor, bounds: RowBounds, *, tolerance: float
+) -> Tensor:
+    """Moves columns from rows that can give to rows that can take if that costs at most
+    `tolerance` a column; the cheapest first, as many as both rows allow."""
+    _, num_rows, num_columns = rows.shape
+    reduced = rows - potentials[..., None] + JITTER * _scatter(num_rows, num_columns, rows.device)
+    for _ in range(SETTLING_ROUNDS):
+        spare, room = _ends(count_rows(assignment, num_rows), bounds)
+        if _settled(room):
+            break
+        extra = reduced - reduced.gather(1, assignment[:, None])
+        price, taker = extra.masked_fill((room == 0)[..., None], torch.inf).min(dim=1)  # (P, N)
+        willing = (spare.gather(1, assignment) > 0) & (price <= tolerance) & price.isfinite()
+        ahead = _served_first(price.masked_fill(~willing, torch.inf))
+        to_same = (ahead & (taker[:, None] == taker[..., None])).sum(dim=-1)
+        moves = willing & (to_same < room.gather(1, taker))
+        from_same = ahead & moves[:, None] & (assignment[:, None] == assignment[..., None])
+        moves &= from_same.sum(dim=-1) < spare.gather(1, assignment)
+        assignment = torch.where(moves, taker, assignment)
+    return assignment
+
+
+def _scatter(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
+    """(R, N) numbers in [0, 1) without pattern, the same in every call."""
+    row = torch.arange(num_rows, device=device)[:, None]
+    column = torch.arange(num_columns, device=device)
+    return (12.9898 * row + 78.233 * column).sin().mul(43758.5453).remainder(1)
+
+
+def _served_first(price: Tensor) -> Tensor:
+    """(P, N, N) bool of (P, N): the second column is cheaper than the first, or as cheap and
+    earlier."""
+    index = torch.arange(price.shape[1], device=price.device)
+    earlier = index < index[:, None]
+    cheaper = price[:, None] < price[..., None]
+    return cheaper | ((price[:, None] == price[..., None]) & earlier)
 
 
 def _move_one_unit(
-    rows: Tensor, potentials: Tensor, assignment: Tensor, counts: Tensor, bounds: RowBounds
+    rows: Tensor, potentials: Tensor, assignment: Tensor, givers: Tensor, takers: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One cheapest chain in every problem that needs one; potentials and assignment afterwards."""
-    givers, takers = _ends(counts, bounds)
     reduced = rows - potentials[..., None]
     slack = (reduced - reduced.gather(1, assignment[:, None])).clamp_(min=HOP_COST)  # (P, R, N)
     price = _pair_prices(slack, assignment)  # (P, R to, R from)
@@ -92,16 +160,6 @@ def _move_one_unit(
     assignment = _shift_along(on_chain & ~takers, towards, slack, price, assignment)
     descent = torch.where(length.isfinite(), torch.minimum(distance, length), 0)
     return potentials - descent, assignment
-
-
-def _ends(counts: Tensor, bounds: RowBounds) -> tuple[Tensor, Tensor]:
-    """Rows that may start and that may end a chain, (P, R) bool each; none where all is well."""
-    lacking, excessive = counts < bounds.lower, counts > bounds.upper
-    any_lacking = lacking.any(dim=1, keepdim=True)
-    any_excessive = excessive.any(dim=1, keepdim=True)
-    givers = torch.where(any_lacking, counts > bounds.lower, excessive)
-    takers = torch.where(any_lacking, lacking, (counts < bounds.upper) & any_excessive)
-    return givers, takers
 
 
 def _pair_prices(slack: Tensor, assignment: Tensor) -> Tensor:
@@ -140,13 +198,10 @@ def _shift_along(
     return torch.where(moves, target, assignment)
 
 
-def _drop_excess(rows: Tensor, assignment: Tensor, bounds: RowBounds) -> Tensor:
+def _drop_excess(reduced: Tensor, assignment: Tensor, bounds: RowBounds) -> Tensor:
     """Turns the dearest columns of rows above their bound, and of the whole, into background."""
-    dearness = rows.gather(1, assignment[:, None]).squeeze(1)
-    index = torch.arange(assignment.shape[1], device=assignment.device)
-    ahead = (dearness[:, None] < dearness[..., None]) | (
-        (dearness[:, None] == dearness[..., None]) & (index < index[:, None])
-    )  # (P, N, N): the second column is served before the first
+    price = reduced.gather(1, assignment[:, None]).squeeze(1) - reduced[:, 0]
+    ahead = _served_first(price)
     same_row = assignment[:, None] == assignment[..., None]
     place = (ahead & same_row).sum(dim=-1)
     kept = (assignment > 0) & (place < bounds.upper.gather(1, assignment))

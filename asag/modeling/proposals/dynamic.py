@@ -15,7 +15,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from torch import Tensor, nn
 
-from ...structures import Queries, Targets
+from ...structures import ImageSizes, Queries, Targets
 from ..layers.boxes import cxcywh_to_xyxy
 from ..layers.init import xavier_init_matrices
 
@@ -152,13 +152,13 @@ class DynamicProposals(nn.Module):
     def forward(
         self,
         features: dict[str, Tensor],
-        image_whwh: Tensor,
+        sizes: ImageSizes,
         targets: Targets | None = None,
     ) -> tuple[Queries, dict[str, Tensor]]:
         """
         Args:
             features: name -> (B, C, H, W).
-            image_whwh: (B, 4) size of each unpadded image.
+            sizes: of the B images.
             targets: not needed.
 
         Returns:
@@ -171,7 +171,7 @@ class DynamicProposals(nn.Module):
         queries = Queries(
             content=content,
             valid=torch.ones(content.shape[:2], dtype=torch.bool, device=content.device),
-            boxes_xyxy=cxcywh_to_xyxy(boxes_cxcywh) * image_whwh[:, None],
+            boxes_xyxy=cxcywh_to_xyxy(boxes_cxcywh) * sizes.whwh[:, None],
             all_valid=True,
         )
         return queries, {}

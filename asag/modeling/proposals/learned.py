@@ -11,7 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
 from torch import Tensor, nn
 
-from ...structures import Queries, Targets
+from ...structures import ImageSizes, Queries, Targets
 from ..layers.boxes import cxcywh_to_xyxy
 
 
@@ -38,24 +38,24 @@ class LearnedProposals(nn.Module):
     def forward(
         self,
         features: dict[str, Tensor],
-        image_whwh: Tensor,
+        sizes: ImageSizes,
         targets: Targets | None = None,
     ) -> tuple[Queries, dict[str, Tensor]]:
         """
         Args:
             features: not looked at.
-            image_whwh: (B, 4) size of each unpadded image.
+            sizes: of the B images.
             targets: not needed.
 
         Returns:
             Queries (B, N) and no losses.
         """
-        batch, count = len(image_whwh), len(self.features)
-        boxes_xyxy = cxcywh_to_xyxy(self.boxes_cxcywh) * image_whwh[:, None]  # (B, N, 4)
+        batch, count = len(sizes), len(self.features)
+        boxes_xyxy = cxcywh_to_xyxy(self.boxes_cxcywh) * sizes.whwh[:, None]  # (B, N, 4)
         return (
             Queries(
                 content=self.features.expand(batch, -1, -1),
-                valid=torch.ones(batch, count, dtype=torch.bool, device=image_whwh.device),
+                valid=torch.ones(batch, count, dtype=torch.bool, device=boxes_xyxy.device),
                 boxes_xyxy=boxes_xyxy,
                 all_valid=True,
             ),
