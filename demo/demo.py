@@ -1,0 +1,391 @@
+#!/usr/bin/env python3
+"""Detects objects in pictures, folders, videos or a camera's stream; writes pictures and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from detectron2.structures import Instances
+from PIL import Image
+
+from asag.config import load_config
+from asag.data.image_io import read_image
+from asag.predictor import Predictor
+from asag.visualization.detections import draw_detections
+from asag.visualization.media import (
+    VIDEO_SUFFIXES,
+    MediaFile,
+    VideoReader,
+    VideoReadError,
+    VideoWriter,
+    find_media,
+)
+from asag.visualization.record import DetectionRecord
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+CAMERA_FILE = "webcam.mp4"
+
+EXAMPLES = """\
+examples:
+  # all pictures and videos below a folder, drawn into output/demo
+  demo.py --config-file output/run/config.yaml --weights output/run/model_final.pth photos/
+
+  # two pictures and a pattern, drawn and as JSON
+  demo.py --config-file C --weights W a.jpg b.png 'scans/*.tif' --output out --json found.json
+
+  # a video into a video, on the CPU, sure detections only
+  demo.py --config-file C --weights W street.mp4 --output marked.mp4 --device cpu --threshold 0.5
+
+  # ten seconds of the first camera at about 30 frames a second
+  demo.py --config-file C --weights W --webcam --max-frames 300 --output me.mp4
+
+  # JSON only, with another input size
+  demo.py --config-file C --weights W photos/ --json found.json --opts INPUT.MIN_SIZE_TEST 640
+
+The JSON file holds three lists: "images" (id, file_name, width, height; frame and time in seconds
+for videos), "categories" (id, name) and "detections" (image_id, file_name, category_id,
+category_name, score, bbox as x, y, width, height in pixels of the upright picture).
+Category ids count from 0 in the order of the class names.
+
+exit status: 0 when something was read, 1 when nothing could be, 2 for wrong arguments.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="demo.py",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "inputs", nargs="*", metavar="INPUT", help="picture, video, folder (searched whole) or glob"
+    )
+    add("--webcam", nargs="?", type=int, const=0, metavar="N", help="read camera N (default 0)")
+    add("--config-file", required=True, metavar="FILE", help="yaml configuration of the model")
+    add("--weights", metavar="FILE", help="checkpoint; default: MODEL.WEIGHTS of the configuration")
+    add(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="folder for drawn pictures and videos, or the file for a single video; default "
+        "output/demo, or nothing drawn when only --json is given",
+    )
+    add("--json", type=Path, metavar="FILE", help="write the detections into this file")
+    add("--threshold", type=float, default=0.3, help="least score of a detection (default 0.3)")
+    add("--batch-size", type=int, default=4, help="pictures that share a forward pass (default 4)")
+    add("--max-frames", type=int, metavar="N", help="stop videos and the camera after N frames")
+    add("--device", help="cuda, cuda:1, cpu, ...; default: MODEL.DEVICE, cpu where there is no GPU")
+    add(
+        "--opts",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="KEY VALUE",
+        help="configuration overrides; everything after --opts is read as such",
+    )
+    return parser
+
+
+class UsageError(Exception):
+    """Wrong arguments; the message says what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo; returns the exit status."""
+    args = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    started = time.perf_counter()
+    try:
+        check_arguments(args)
+        draw_to = args.output or (None if args.json else Path("output/demo"))
+        files, complaints = find_media(args.inputs, exclude=draw_to)
+        targets = plan_outputs(files, draw_to, args.webcam is not None)
+        run = Run(build_predictor(args), args.max_frames)
+    except (UsageError, ValueError, KeyError, OSError) as error:
+        return refuse(error)
+    for complaint in complaints:
+        run.skip(complaint)
+    try:
+        with suppress(KeyboardInterrupt):  # what was found so far is worth keeping
+            run.all(files, targets)
+            if args.webcam is not None:
+                run.detect_camera(args.webcam, draw_to)
+        if args.json and run.record.images:
+            run.record.write(args.json)
+    except OSError as error:
+        return refuse(error)
+    print(run.summary(time.perf_counter() - started, draw_to, args.json))
+    return 0 if run.record.images else 1
+
+
+def refuse(error: Exception) -> int:
+    """Prints an error that the user can mend; returns the exit status."""
+    message = error.args[0] if type(error) is KeyError else error  # KeyError's str adds quotes
+    print(f"demo.py: {message}", file=sys.stderr)
+    return 2
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuses what argparse cannot know. Raises UsageError."""
+    if not args.inputs and args.webcam is None:
+        raise UsageError("nothing to do: name pictures, videos or folders, or give --webcam")
+    if args.max_frames is not None and args.max_frames < 1:
+        raise UsageError(f"--max-frames is {args.max_frames}; it must be at least 1")
+
+
+def build_predictor(args: argparse.Namespace) -> Predictor:
+    """The model with its weights on its device."""
+    cfg = load_config(args.config_file, args.opts)
+    if args.weights:
+        cfg.MODEL.WEIGHTS = args.weights
+    if not cfg.MODEL.WEIGHTS:
+        raise UsageError(f"{args.config_file} names no MODEL.WEIGHTS; give --weights FILE")
+    cfg.MODEL.DEVICE = choose_device(cfg.MODEL.DEVICE, args.device)
+    return Predictor.from_config(cfg, batch_size=args.batch_size, score_threshold=args.threshold)
+
+
+def choose_device(configured: str, wanted: str | None) -> str:
+    """The device asked for, else that of the configuration with the CPU as fallback."""
+    device = wanted or configured
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"device {device}: {str(error).splitlines()[0]}") from error
+    if kind != "cuda" or torch.cuda.is_available():
+        return device
+    if wanted:
+        raise UsageError(f"--device {wanted}: PyTorch finds no CUDA device; try --device cpu")
+    print("no CUDA device: running on the CPU")
+    return "cpu"
+
+
+def plan_outputs(
+    files: Sequence[MediaFile], draw_to: Path | None, camera: bool
+) -> list[Path | None]:
+    """Where each file's drawing goes: never over an input, never twice to the same place."""
+    if draw_to is None:
+        return [None] * len(files)
+    if is_video_name(draw_to):
+        if len(files) + camera > 1 or any(not file.is_video for file in files):
+            raise UsageError(
+                f"--output {draw_to} is a video file, which takes exactly one video or camera as "
+                "input; give a folder instead"
+            )
+        targets = [draw_to] * len(files)
+    else:
+        taken = {draw_to / CAMERA_FILE} if camera else set()
+        targets = [free_name(draw_to, file, taken) for file in files]
+    sources = {file.path.resolve() for file in files}
+    for target in targets:
+        if target.resolve() in sources:
+            raise UsageError(f"--output would overwrite the input {target}; choose another folder")
+    return targets
+
+
+def free_name(folder: Path, file: MediaFile, taken: set[Path]) -> Path:
+    """A name for the drawing that is not taken yet, in a format that needs no further library."""
+    suffix = file.path.suffix.lower()
+    if file.is_video:
+        suffix = ".avi" if suffix == ".avi" else ".mp4"
+    else:
+        suffix = ".jpg" if suffix in (".jpg", ".jpeg") else ".png"
+    target, number = folder / file.relative.with_suffix(suffix), 2
+    while target in taken:
+        target = folder / file.relative.with_name(f"{file.relative.stem}_{number}{suffix}")
+        number += 1
+    taken.add(target)
+    return target
+
+
+def is_video_name(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
+
+
+@dataclass
+class Loaded:
+    """A picture on its way: read and resized, or the reason why not."""
+
+    file: MediaFile
+    target: Path | None
+    image_rgb: np.ndarray | None = None
+    model_input: dict[str, Any] | None = None
+    error: Exception | None = None
+
+
+class Run:
+    """One run of the demo: reads, detects, draws, and counts what it did.
+
+    The next batch is read and resized in threads while the model works on this one.
+    """
+
+    def __init__(self, predictor: Predictor, max_frames: int | None = None) -> None:
+        self.predictor = predictor
+        self.max_frames = max_frames
+        self.record = DetectionRecord(predictor.class_names)
+        self.pictures = self.videos = self.skipped = 0
+
+    def skip(self, message: str) -> None:
+        """Reports an input that cannot be read; the demo goes on."""
+        self.skipped += 1
+        print(f"skipped: {message}", file=sys.stderr)
+
+    def all(self, files: Sequence[MediaFile], targets: Sequence[Path | None]) -> None:
+        """Pictures first, in batches across files, then the videos."""
+        planned = list(zip(files, targets, strict=True))
+        with ThreadPoolExecutor() as pool:
+            self.detect_pictures([x for x in planned if not x[0].is_video], pool)
+            for file, target in planned:
+                if file.is_video:
+                    self.detect_video(file.path, target, pool)
+
+    def detect_camera(self, number: int, draw_to: Path | None) -> None:
+        """Records a camera into the video `draw_to`, or into a video in that folder."""
+        if draw_to is not None and not is_video_name(draw_to):
+            draw_to = draw_to / CAMERA_FILE
+        with ThreadPoolExecutor() as pool:
+            self.detect_video(number, draw_to, pool)
+
+    def detect_pictures(
+        self, planned: Sequence[tuple[MediaFile, Path | None]], pool: ThreadPoolExecutor
+    ) -> None:
+        """Detects in pictures and draws each into its target."""
+
+        def load(file_and_target: tuple[MediaFile, Path | None]) -> Loaded:
+            file, target = file_and_target
+            try:
+                image_rgb = read_image(str(file.path), "RGB")
+                return Loaded(file, target, image_rgb, self.predictor.prepare(image_rgb))
+            except (OSError, ValueError) as error:
+                return Loaded(file, target, error=error)
+
+        for batch in ahead(load, chunks(planned, self.predictor.batch_size), pool):
+            for bad in (x for x in batch if x.error):
+                self.skip(f"{bad.file.path}: {bad.error}")
+            good = [x for x in batch if not x.error]
+            detections = self.predictor.predict([x.model_input for x in good])
+            list(pool.map(self.draw, good, detections))  # errors of the threads surface here
+            for x, found in zip(good, detections, strict=True):
+                self.pictures += 1
+                self.record.add(str(x.file.path), x.image_rgb.shape[:2], found)
+                print(f"{x.file.path}: {self.describe(found)}{arrow(x.target)}")
+
+    def draw(self, loaded: Loaded, found: Instances) -> None:
+        if loaded.target is None:
+            return
+        drawn = draw_detections(loaded.image_rgb, found, self.predictor.class_names, 0.0)
+        loaded.target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn).save(loaded.target, quality=92)
+
+    def detect_video(
+        self, source: Path | int, target: Path | None, pool: ThreadPoolExecutor
+    ) -> None:
+        """Detects in every frame of a video or a camera and writes the drawn frames into a video.
+
+        Ctrl-C is how recording from a camera ends.
+        """
+        is_camera = isinstance(source, int)
+        name = f"camera {source}" if is_camera else str(source)
+        frames, objects = 0, 0
+
+        def load(frame_rgb: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+            return frame_rgb, self.predictor.prepare(frame_rgb)
+
+        def draw(frame_rgb: np.ndarray, found: Instances) -> np.ndarray:
+            return draw_detections(frame_rgb, found, self.predictor.class_names, 0.0)
+
+        try:
+            with ExitStack() as stack:
+                video = stack.enter_context(VideoReader(source))
+                writer = stack.enter_context(VideoWriter(target, video.fps)) if target else None
+                stack.enter_context(suppress(KeyboardInterrupt) if is_camera else nullcontext())
+                batches = chunks(islice(video, self.max_frames), self.predictor.batch_size)
+                for batch in ahead(load, batches, pool):
+                    images = [image for image, _ in batch]
+                    detections = self.predictor.predict([x for _, x in batch])
+                    for drawn in pool.map(draw, images, detections) if writer else ():
+                        writer.write(drawn)
+                    for image_rgb, found in zip(images, detections, strict=True):
+                        moment = {"frame": frames, "time": frames / video.fps}
+                        self.record.add(name, image_rgb.shape[:2], found, **moment)
+                        frames, objects = frames + 1, objects + len(found)
+        except VideoReadError as error:
+            self.skip(str(error))
+            return
+        if frames == 0:
+            self.skip(f"{name}: no frame can be read")
+            return
+        self.videos += 1
+        expected = min(video.num_frames, self.max_frames or video.num_frames)
+        cut = f" (of {expected}: the rest cannot be read)" if frames < expected else ""
+        print(f"{name}: {count(frames, 'frame')}{cut}, {count(objects, 'object')}{arrow(target)}")
+
+    def describe(self, found: Instances) -> str:
+        """Number of objects of each class, the most frequent first."""
+        names = Counter(map(self.record.name, found.pred_classes.tolist()))
+        listed = ", ".join(f"{name} {n}" for name, n in names.most_common())
+        return count(len(found), "object") + (f" ({listed})" if listed else "")
+
+    def summary(self, seconds: float, draw_to: Path | None, json_file: Path | None) -> str:
+        """The last line of the output."""
+        frames = len(self.record.images) - self.pictures
+        read = [count(self.pictures, "picture")] if self.pictures or not self.videos else []
+        if self.videos:
+            read.append(f"{count(self.videos, 'video')} ({count(frames, 'frame')})")
+        parts = [f"{' and '.join(read)} in {seconds:.1f} s"]
+        parts.append(count(len(self.record.detections), "object"))
+        if self.skipped:
+            parts.append(f"{count(self.skipped, 'input')} skipped")
+        if self.record.images:
+            parts += [f"drawn into {draw_to}"] if draw_to else []
+            parts += [f"listed in {json_file}"] if json_file else []
+        return "; ".join(parts)
+
+
+def ahead(
+    work: Callable[[T], U], batches: Iterable[Sequence[T]], pool: ThreadPoolExecutor
+) -> Iterator[list[U]]:
+    """Results of `work` batch by batch; that of the next batch is under way meanwhile."""
+    waiting: list[Future[U]] = []
+    for batch in batches:
+        started = [pool.submit(work, item) for item in batch]
+        if waiting:
+            yield [job.result() for job in waiting]
+        waiting = started
+    if waiting:
+        yield [job.result() for job in waiting]
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Consecutive runs of `size` items; the last may be shorter."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def arrow(target: Path | None) -> str:
+    return f" -> {target}" if target else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
