@@ -51,7 +51,7 @@ def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Intersection over union in [0, 1]; exactly 1 for equal boxes with area, 0 where the union is
     empty."""
     intersection, union = intersection_and_union(boxes_a, boxes_b)
-    return intersection / union.clamp(min=torch.finfo(union.dtype).tiny)
+    return intersection / _divisor(union)
 
 
 def box_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
@@ -61,8 +61,12 @@ def box_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     low = torch.minimum(boxes_a[..., :2], boxes_b[..., :2])
     high = torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:])
     hull = (high - low).clamp(min=0).prod(dim=-1)
-    tiny = torch.finfo(union.dtype).tiny
-    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    return intersection / _divisor(union) - (hull - union) / _divisor(hull)
+
+
+def _divisor(area: Tensor) -> Tensor:
+    """The area, or one where it is empty: a tiny number instead would make infinite gradients."""
+    return torch.where(area > 0, area, 1.0)
 
 
 def decode_deltas(
