@@ -111,6 +111,8 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.NECK.NAME = ""
     # Number of queries N.
     cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES = 100
+    # Boxes that learning starts from: "image" (all equal to it), "grid", "random" or "center".
+    cfg.MODEL.PROPOSAL_GENERATOR.BOX_INIT = "image"
     _add_dynamic_proposals(cfg)
     cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
     # RoIAlign: side of the pooled grid and samples a bin and direction.

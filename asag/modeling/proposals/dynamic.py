@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ...structures import ImageSizes, Queries, Targets
 from ..layers.boxes import cxcywh_to_xyxy
 from ..layers.init import xavier_init_matrices
+from .learned import initial_boxes
 
 
 class ImageDescriptor(nn.Module):
@@ -79,6 +80,7 @@ class DynamicProposals(nn.Module):
         size: int = 30,
         hidden_dim: int = 1500,
         staircase: bool = True,
+        box_init: str = "image",
         tau_init: float = 30.0,
         tau_final: float = 1.0,
         tau_steps: int = 73300,
@@ -92,6 +94,7 @@ class DynamicProposals(nn.Module):
             size: D.
             hidden_dim: width between the two linear layers of the weight network.
             staircase: see `ImageDescriptor`.
+            box_init: see `initial_boxes`; each expert draws its own where that is random.
             tau_init, tau_final: softmax temperature at the start and at the end of the annealing.
             tau_steps: training forwards that the annealing takes; 0 starts at the end.
         """
@@ -122,8 +125,8 @@ class DynamicProposals(nn.Module):
             for name, parameter in module.named_parameters():
                 if name.endswith("bias"):
                     nn.init.zeros_(parameter)
-        whole_image = torch.tensor([0.5, 0.5, 1.0, 1.0])
-        self.expert_boxes_cxcywh = nn.Parameter(whole_image.repeat(num_experts, num_queries, 1))
+        boxes = [initial_boxes(box_init, num_queries) for _ in range(num_experts)]
+        self.expert_boxes_cxcywh = nn.Parameter(torch.stack(boxes))
         self.expert_features = nn.Parameter(torch.randn(num_experts, num_queries, dim))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.register_buffer("temperature", torch.tensor(tau_init if tau_steps else tau_final))
@@ -144,6 +147,7 @@ class DynamicProposals(nn.Module):
             "size": dpg.SIZE,
             "hidden_dim": dpg.FC_DIM,
             "staircase": dpg.STAIRCASE,
+            "box_init": cfg.MODEL.PROPOSAL_GENERATOR.BOX_INIT,
             "tau_init": dpg.TAU_INIT,
             "tau_final": dpg.TAU_FINAL,
             "tau_steps": round(dpg.TAU_SHARE * forwards),

@@ -5,6 +5,8 @@ B images, N queries, C channels.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -13,19 +15,54 @@ from torch import Tensor, nn
 
 from ...structures import ImageSizes, Queries, Targets
 from ..layers.boxes import cxcywh_to_xyxy
+from ..registry import check_choice
+
+BOX_INITS = ("image", "grid", "random", "center")
+
+
+def initial_boxes(kind: str, count: int) -> Tensor:
+    """Boxes that learning starts from, (N, 4) cxcywh in shares of the image.
+
+    Args:
+        kind: "image": all equal to the whole image (the published models). "grid": the cells of a
+            square grid, row by row, which a short training from scratch learns from soonest.
+            "random": centres and sizes uniform. "center": in the middle, a tenth of the image wide
+            and high.
+        count: N.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    check_choice("MODEL.PROPOSAL_GENERATOR.BOX_INIT", kind, BOX_INITS)
+    if kind == "image":
+        return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(count, 1)
+    if kind == "center":
+        return torch.tensor([0.5, 0.5, 0.1, 0.1]).repeat(count, 1)
+    if kind == "random":
+        return torch.rand(count, 4)
+    side = math.ceil(math.sqrt(count))
+    cell = torch.arange(count)
+    centres = torch.stack((cell % side, cell // side), dim=1).add(0.5) / side
+    return torch.cat((centres, torch.full((count, 2), 1 / side)), dim=1)
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class LearnedProposals(nn.Module):
-    """N boxes, at first all equal to the whole image, and N feature vectors, learned by gradient.
+    """N boxes and N feature vectors, learned by gradient.
 
     Boxes are free: neither squashed nor clamped, they may leave the image.
     """
 
     @configurable
-    def __init__(self, *, num_queries: int, dim: int) -> None:
+    def __init__(self, *, num_queries: int, dim: int, box_init: str = "image") -> None:
+        """
+        Args:
+            num_queries: N.
+            dim: C.
+            box_init: see `initial_boxes`.
+        """
         super().__init__()
-        self.boxes_cxcywh = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(num_queries, 1))
+        self.boxes_cxcywh = nn.Parameter(initial_boxes(box_init, num_queries))
         self.features = nn.Parameter(torch.randn(num_queries, dim))
 
     @classmethod
@@ -33,6 +70,7 @@ class LearnedProposals(nn.Module):
         return {
             "num_queries": cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES,
             "dim": cfg.MODEL.DECODER.HIDDEN_DIM,
+            "box_init": cfg.MODEL.PROPOSAL_GENERATOR.BOX_INIT,
         }
 
     def forward(
