@@ -326,3 +326,20 @@ def test_unknown_golden_case_is_refused(tmp_path: Path) -> None:
     torch.save({"basic": {"weights": torch.ones(3)}}, tmp_path / "transport_cases.pt")
     with pytest.raises(UnknownCase, match="weights"):
         list(ota.verify(tmp_path / "transport_cases.pt"))
+
+
+def test_benchmark_measures_every_arm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    import json
+
+    import benchmark_matching
+
+    sizes = "--images 2 --stages 2 --queries 30 --objects 3 --classes 4 --rounds 2 --device cpu"
+    output = tmp_path / "matching.json"
+    benchmark_matching.main([*sizes.split(), "--output", str(output)])
+    report = json.loads(output.read_text())
+    assert json.loads(capsys.readouterr().out) == report
+    assert set(report["arms"]) == {"hungarian", "exact", "sinkhorn", "per_image_sinkhorn"}
+    arms = report["arms"]
+    assert all(arm["median_ms"] > 0 for arm in arms.values())
+    assert arms["exact"]["positives"] == arms["sinkhorn"]["positives"]
+    assert arms["hungarian"]["positives"] == 2 * sum(report["objects"])

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from asag.modeling.matching import transport, transport_repair
 from asag.modeling.matching.transport import (
     SinkhornTransport,
     exact_transport,
@@ -29,7 +30,7 @@ from asag.modeling.matching.transport_repair import (
     repair_assignment,
 )
 
-PROPERTY = settings(max_examples=25, deadline=None)
+PROPERTY = settings(max_examples=20, deadline=None)
 SOLVERS = {"exact": exact_transport, "sinkhorn": SinkhornTransport()}
 seeds = st.integers(0, 10**6)
 
@@ -210,6 +211,19 @@ def test_chains_reach_the_optimum_from_any_potentials(seed: int) -> None:
     assert torch.allclose(total(cost, mended - 1), best, atol=1e-3)
 
 
+@pytest.mark.parametrize("m", [1, 5, 30])
+def test_never_looking_gives_the_same_answer(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU runs all iterations and rounds, whether or not problems are already solved."""
+    cost, supply = problem(13, 6, m, 40, scale=1.0)
+    looking = SinkhornTransport()(cost, supply, everything(cost))
+    for module in (transport, transport_repair):
+        monkeypatch.setattr(module, "all_free", lambda flags: False)
+    blind = SinkhornTransport()(cost, supply, everything(cost))
+    assert torch.equal(blind.misplaced, looking.misplaced)
+    assert torch.equal(blind.assignment, looking.assignment)
+    assert torch.equal(blind.marginal_error, looking.marginal_error)
+
+
 def test_many_ties_are_settled_together() -> None:
     cost = torch.zeros(2, 10, 200)  # every prediction alike, as freshly initialised ones may be
     supply = torch.full((2, 10), 7.0)
@@ -274,6 +288,16 @@ def test_broken_costs_are_avoided(solver: str) -> None:
     answer = SOLVERS[solver](cost, supply, everything(cost)).assignment
     assert answer[0, :4].eq(-1).all()
     assert torch.equal(positives(answer, 3), supply.long())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_supplies_may_use_up_every_prediction(solver: str) -> None:
+    cost, _ = problem(11, 4, 3, 12)
+    supply = torch.tensor([[4.0, 5.0, 3.0]]).expand(4, -1)
+    answer = SOLVERS[solver](cost, supply, everything(cost)).assignment
+    assert torch.equal(positives(answer, 3), supply.long())
+    best = total(cost, exact_transport(cost, supply, everything(cost)).assignment)
+    assert torch.allclose(total(cost, answer), best, atol=5e-3)
 
 
 def test_a_row_of_broken_costs_becomes_finite() -> None:

@@ -82,16 +82,16 @@ def repair_assignment(
     assignment = _settle(rows, potentials, assignment, bounds, tolerance=tie)
     for _ in range(rounds):
         spare, room = _ends(count_rows(assignment, rows.shape[1]), bounds)
-        if _settled(room):
+        if all_free(room == 0):
             return assignment
         potentials, assignment = _move_one_unit(rows, potentials, assignment, spare > 0, room > 0)
     assignment = _settle(rows, potentials, assignment, bounds, tolerance=torch.inf)
     return _drop_excess(rows - potentials[..., None], assignment, bounds)
 
 
-def _settled(room: Tensor) -> bool:
-    """Whether no problem needs a move; only looked at where looking is free."""
-    return room.device.type == "cpu" and not bool(room.any())
+def all_free(flags: Tensor) -> bool:
+    """Whether all flags are set, where looking is free: on a GPU the answer is always no."""
+    return flags.device.type == "cpu" and bool(flags.all())
 
 
 def _ends(counts: Tensor, bounds: RowBounds) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def _settle(
     reduced = rows - potentials[..., None] + JITTER * _scatter(num_rows, num_columns, rows.device)
     for _ in range(SETTLING_ROUNDS):
         spare, room = _ends(count_rows(assignment, num_rows), bounds)
-        if _settled(room):
+        if all_free(room == 0):
             break
         extra = reduced - reduced.gather(1, assignment[:, None])
         price, taker = extra.masked_fill((room == 0)[..., None], torch.inf).min(dim=1)  # (P, N)
