@@ -28,7 +28,7 @@ SPEC = ShapesSpec(
 # Everything as small as the blocks allow; group norm, so that a batch can be cut up.
 OPTIONS: dict[str, object] = {
     "MODEL.DEVICE": "cpu",
-    "MODEL.SLIM_RESNET.WIDTH": 16,
+    "MODEL.SLIM_RESNET.WIDTH": 32,
     "MODEL.SLIM_RESNET.NORM": "GN",
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.PROPOSAL_GENERATOR.NUM_QUERIES": 6,

@@ -1,0 +1,117 @@
+"""Several processes train like one with the same global batch (gloo, CPU)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from engine_support import losses, register_tiny_shapes, tiny_cfg, weights
+
+from asag.engine import NonFiniteLossError, Trainer
+from asag.engine.processes import launch
+
+STEPS = 3
+
+
+def train(folder: Path, **changes) -> Trainer:
+    # The same weights on every rank; a rank's own seed matters for dropout only.
+    seed_all_rng(7)
+    trainer = Trainer(tiny_cfg(folder, **({"SOLVER__MAX_ITER": STEPS} | changes)))
+    trainer.train()
+    return trainer
+
+
+def work(data: str, folder: str) -> int:
+    """What each of two processes does."""
+    register_tiny_shapes(data)
+    found = {"world_size": comm.get_world_size(), "local_size": comm.get_local_size()}
+    for name, changes in {
+        "plain": {"DATASETS__TEST": "('engine_shapes_val',)"},
+        "accumulating": {"SOLVER__ACCUMULATE_STEPS": 2},
+    }.items():
+        trainer = train(Path(folder) / name, **changes)
+        found[name] = losses(trainer)
+        if comm.is_main_process():
+            torch.save(weights(trainer.model), Path(folder) / f"{name}.weights")
+            found["results"] = found.get("results") or trainer.results
+
+    try:  # a step that diverges on one process is reported by both, with the image's name
+        broken = train(Path(folder) / "broken", SOLVER__MAX_ITER=1)
+        batch = [{"file_name": f"image-of-rank-{comm.get_rank()}.png"}]
+        loss = torch.tensor(float("nan") if comm.get_rank() == 1 else 1.0)
+        broken._log.add(5, {"loss_ce": loss}, batch, 0.1)
+        broken._log.collect()
+    except NonFiniteLossError as error:
+        found["complaint"] = str(error)
+    (Path(folder) / f"rank{comm.get_rank()}.json").write_text(json.dumps(found))
+    return 0
+
+
+def fail(code: int) -> int:
+    return code
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    assert launch(work, (str(register_tiny_shapes()), str(folder)), processes=2) == 0
+    return folder
+
+
+def rank(folder: Path, number: int) -> dict:
+    return json.loads((folder / f"rank{number}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["plain", "accumulating"])
+def test_two_processes_equal_one(two, tmp_path, name):
+    register_tiny_shapes()
+    one = train(tmp_path)
+    for number in (0, 1):
+        np.testing.assert_allclose(rank(two, number)[name], losses(one), rtol=1e-5)
+    # AdamW's first steps are sign-like: where a gradient is nothing but rounding, its sign may
+    # differ, so weights may differ by a fraction of a step here and there.
+    difference = (torch.load(two / f"{name}.weights") - weights(one.model)).abs()
+    assert difference.median() < 1e-6
+    assert difference.max() < 2 * STEPS * one.cfg.SOLVER.BASE_LR
+
+
+def test_every_image_is_evaluated_once(two):
+    detections = json.loads((two / "plain/inference/coco_instances_results.json").read_text())
+    assert {d["image_id"] for d in detections} == {1, 2, 3, 4, 5, 6}
+    assert len(detections) == len({(d["image_id"], *d["bbox"], d["score"]) for d in detections})
+    assert "AP" in rank(two, 0)["results"]["bbox"]
+
+
+def test_processes_know_their_machine(two):
+    assert rank(two, 1)["world_size"] == rank(two, 1)["local_size"] == 2
+
+
+def test_divergence_on_one_process_is_reported_by_all(two):
+    for number in (0, 1):
+        assert "iteration 5: loss_ce = nan" in rank(two, number)["complaint"]
+        assert "image-of-rank-1.png" in rank(two, number)["complaint"]
+
+
+def test_exit_codes_and_wrong_counts():
+    assert launch(fail, (3,), processes=1) == 3
+    with pytest.raises(ValueError, match="--machine-rank 2"):
+        launch(fail, (0,), processes=1, machines=2, machine_rank=2)
+    with pytest.raises(ValueError, match="--dist-url"):
+        launch(fail, (0,), processes=1, machines=2)
+
+
+def test_torchrun_environment_is_joined(monkeypatch):
+    from asag.engine.processes import _free_port
+
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    assert launch(lambda: int(torch.distributed.is_initialized()), (), processes=1) == 1
+    assert not torch.distributed.is_initialized()
