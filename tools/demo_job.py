@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """The main job, small: train a detector on generated images, evaluate it, draw what it sees.
 
-Two CPU cores do it in under ten minutes. An interrupted job goes on where it stopped; a finished one
-is evaluated again. Everything lands in `output/demo`.
+Two CPU cores do it in under ten minutes. An interrupted job goes on where it stopped, a finished
+one is evaluated again. Everything lands in `output/demo`.
 """
 
 from __future__ import annotations
