@@ -240,7 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"explain_figure: {error}", file=sys.stderr)
         return 1
     shown = pixels[..., ::-1] if cfg.INPUT.FORMAT == "BGR" else pixels
-    draw(explanation, shown).savefig(given.output, dpi=120)
+    draw(explanation, shown).savefig(given.output, dpi=120, bbox_inches="tight")
     print(f"query {explanation.query} of stage {given.stage}: {given.output}")
     return 0
 
