@@ -254,7 +254,9 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
 def complain(error: Exception) -> int:
     """Prints the message of an error, without a traceback, and returns the exit code for it."""
     # str() of a KeyError is the repr of its message.
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, SampleError):  # a loader's process wraps its traceback around the message
+        message = message.rsplit("SampleError: ", 1)[-1].strip()
     print(f"error: {message}", file=sys.stderr, flush=True)
     return COMPLAINT
 

@@ -18,7 +18,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventStorage, EventWriter
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -192,12 +192,27 @@ class Trainer(DefaultTrainer):
             self.cfg, self.dataset_dicts, seed=self.seed, start_iter=self.start_iter
         )
         try:
-            TrainerBase.train(self, self.start_iter, self.max_iter)
+            self._loop()
         finally:
             self._batches = None  # stops the loader's processes
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self.results)
         return self.results
+
+    def _loop(self) -> None:
+        """As `TrainerBase.train`, which logs the traceback of an error that is raised anyway."""
+        self.iter = self.start_iter
+        with EventStorage(self.start_iter) as self.storage:
+            try:
+                self.before_train()
+                for iteration in range(self.start_iter, self.max_iter):
+                    self.iter = iteration
+                    self.before_step()
+                    self.run_step()
+                    self.after_step()
+                self.iter += 1
+            finally:
+                self.after_train()
 
     def before_train(self) -> None:
         """Hooks, then the first batch is ordered, then the random state of the checkpoint."""

@@ -44,20 +44,22 @@ class ConsolePrinter(EventWriter):
         done = storage.iter + 1
         if storage.iter <= self._last_iter or done > self._max_iter:
             return
+        losses = storage.histories().get("total_loss")
+        if losses is None or losses.values()[-1][1] != storage.iter:
+            return  # the step did not come to its end
         self._last_iter = storage.iter
         logger.info(self._line(storage, done))
 
     def _line(self, storage: EventStorage, done: int) -> str:
         histories = storage.histories()
         parts = [f"{done}/{self._max_iter} (epoch {done / self._iters_per_epoch:.2f})"]
-        if "total_loss" in histories:
-            terms = [
-                f"{name.removeprefix('loss_')} {history.median(WINDOW):.3g}"
-                for name, history in histories.items()
-                if name.startswith("loss_") and not EARLIER_STAGE.search(name)
-            ]
-            total = histories["total_loss"].median(WINDOW)
-            parts.append(f"loss {total:.4g} ({', '.join(terms)})")
+        terms = [
+            f"{name.removeprefix('loss_')} {history.median(WINDOW):.3g}"
+            for name, history in histories.items()
+            if name.startswith("loss_") and not EARLIER_STAGE.search(name)
+        ]
+        total = histories["total_loss"].median(WINDOW)
+        parts.append(f"loss {total:.4g} ({', '.join(terms)})")
         if "lr" in histories:
             parts.append(f"lr {histories['lr'].latest():.3g}")
         if "time" in histories:

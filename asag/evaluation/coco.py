@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -51,6 +53,9 @@ class CocoBoxEvaluator(COCOEvaluator):
         Raises:
             ValueError: an unknown backend, or one that is not installed.
         """
+        json_file = MetadataCatalog.get(dataset_name).get("json_file")
+        if json_file and not PathManager.exists(json_file):
+            DatasetCatalog.get(dataset_name)  # generated data sets are made when first loaded
         super().__init__(
             dataset_name,
             tasks=("bbox",),

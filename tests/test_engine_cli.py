@@ -1,0 +1,186 @@
+"""train_net.py from its arguments to files on disk, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.logger import setup_logger
+from engine_support import CONFIG, SPEC, register_tiny_shapes, tiny_options
+
+from asag.data.shapes import ANNOTATION_FILE, make_shapes
+from asag.engine.launch import build_parser, configure, find_config, main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments(output_dir: Path, *flags: str, **changes) -> list[str]:
+    changes = {"DATASETS__TEST": "('engine_shapes_val',)", "TEST__NUM_PICTURES": 2} | changes
+    return ["--config-file", str(CONFIG), *flags, *tiny_options(output_dir, **changes)]
+
+
+def complaint(capsys, argv: list[str]) -> str:
+    """What main printed on stderr when it refused."""
+    assert main(argv) == 2
+    message = capsys.readouterr().err.strip().splitlines()
+    assert sum("error: " in line for line in message) == 1
+    assert not any("Traceback" in line for line in message)
+    return "\n".join(message)
+
+
+@pytest.fixture(autouse=True)
+def fresh_loggers():
+    """main attaches handlers to the loggers; they must not outlive a test's captured output."""
+    yield
+    for name in ("fvcore", "detectron2", "asag"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.propagate = True
+    setup_logger.cache_clear()
+
+
+def box_ap(log: str) -> str:
+    """The AP that the last line of a log reports."""
+    return re.search(r"done: box AP (\d+\.\d+)", log.splitlines()[-1]).group(1)
+
+
+@pytest.fixture(scope="module")
+def coco_folder(tmp_path_factory) -> Path:
+    """The tiny shapes as a folder that a user might bring: Roboflow's layout."""
+    folder = tmp_path_factory.mktemp("mine")
+    made = make_shapes(SPEC, "train", register_tiny_shapes()).parent
+    make_shapes(SPEC, "val", register_tiny_shapes())
+    for split in ("train", "val"):
+        shutil.copytree(made / split, folder / split)
+    return folder
+
+
+def test_training_then_evaluation(tmp_path):
+    register_tiny_shapes()
+    assert main(arguments(tmp_path)) == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert "schedule: 12 images, batch 4, 4 iterations" in log
+    done = log.splitlines()[-1]
+    assert "done: box AP " in done
+    for place in ("model_final.pth", "model_best.pth", "metrics.json", "pictures"):
+        assert f"{tmp_path}/{place}" in done
+        assert (tmp_path / place).exists()
+    assert (tmp_path / "config.yaml").is_file() and (tmp_path / "environment.txt").is_file()
+
+    weights = tmp_path / "model_final.pth"
+    assert main(arguments(tmp_path / "eval", "--eval-only", MODEL__WEIGHTS=weights)) == 0
+    log = (tmp_path / "eval/log.txt").read_text()
+    assert box_ap(log) == box_ap(done)
+    assert (tmp_path / "eval/inference/coco_instances_results.json").is_file()
+    assert not (tmp_path / "eval/metrics.json").exists()
+
+    assert main(arguments(tmp_path, "--resume")) == 0
+    assert "nothing left to train: 4 of 4 iterations" in (tmp_path / "log.txt").read_text()
+
+
+def test_own_data_in_one_argument(tmp_path, coco_folder, capsys):
+    argv = arguments(tmp_path, "--data", str(coco_folder), MODEL__ROI_HEADS__NUM_CLASSES=80)
+    assert main(argv) == 0
+    assert "12 images" in capsys.readouterr().out, "the report is printed"
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert state["class_names"] == ["circle", "square"]
+    results = json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
+    assert {r["image_id"] for r in results} == set(range(1, 7))
+
+
+def test_own_data_by_file(tmp_path, coco_folder, capsys):
+    argv = [
+        "--config-file",
+        str(CONFIG),
+        "--train-json",
+        str(coco_folder / "train" / ANNOTATION_FILE),
+    ]
+    options = tiny_options(tmp_path)
+    assert "--evaluate-on-train" in complaint(capsys, [*argv, *options])
+    val = ["--val-json", str(coco_folder / "val" / ANNOTATION_FILE)]
+    val += ["--val-images", str(coco_folder / "val")]
+    assert main([*argv, *val, *options]) == 0
+    both = complaint(capsys, [*argv, "--data", str(coco_folder), *options])
+    assert "not both" in both
+    assert "--train-json" in complaint(capsys, [*val, *options])
+
+
+def test_folder_without_annotations(tmp_path, capsys):
+    message = complaint(capsys, arguments(tmp_path, "--data", str(tmp_path)))
+    assert str(tmp_path) in message and "no training annotations" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "expected"),
+    [
+        ((), {"MODEL__ROI_HEADS__NUM_CLASSES": 80}, "NUM_CLASSES is 80, but .* has 2 classes"),
+        ((), {"DATASETS__TRAIN": "('engine_shape_train',)"}, "did you mean engine_shapes_train"),
+        ((), {"DATASETS__TRAIN": "()"}, "DATASETS.TRAIN is empty"),
+        ((), {"DATASETS__TRAIN": "('coco_2017_train',)"}, "DETECTRON2_DATASETS"),
+        ((), {"SOLVER__BASE_LT": 1}, "SOLVER.BASE_LT .* did you mean SOLVER.BASE_LR"),
+        ((), {"SOLVER__BASE_LR": -1.0}, "SOLVER.BASE_LR is -1.0"),
+        ((), {"MODEL__WEIGHTS": "/nowhere/model.pth"}, "MODEL.WEIGHTS = /nowhere/model.pth"),
+        (("--eval-only",), {}, "--eval-only needs the weights"),
+        (("--eval-only", "--resume"), {}, "there is no checkpoint in OUTPUT_DIR"),
+        (("--num-machines", "2"), {}, "--dist-url"),
+    ],
+)
+def test_complaints(tmp_path, capsys, flags, changes, expected):
+    register_tiny_shapes()
+    message = complaint(capsys, arguments(tmp_path, *flags, **changes))
+    assert re.search(expected, message), message
+
+
+def test_configuration_by_name_and_output_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config("SparseRCNN/sparse_rcnn_tiny.yaml").samefile(CONFIG)
+    cfg, recipe = configure(build_parser().parse_args(["SOLVER.BASE_LR", "0.125"]))
+    assert Path(cfg.OUTPUT_DIR) == Path("output/sparse_rcnn_tiny")
+    assert (cfg.SOLVER.BASE_LR, recipe.SOLVER.BASE_LR) == (0.125, 0.0005)
+    cfg, _ = configure(build_parser().parse_args(["OUTPUT_DIR", "elsewhere"]))
+    assert cfg.OUTPUT_DIR == "elsewhere"
+    with pytest.raises(ValueError, match=r"--config-file nothing\.yaml: no such file"):
+        find_config("nothing.yaml")
+
+
+def test_unreadable_image_is_named(tmp_path, coco_folder, capsys):
+    folder = tmp_path / "broken"
+    shutil.copytree(coco_folder, folder)
+    for picture in (folder / "train").glob("*.png"):
+        picture.write_bytes(picture.read_bytes()[:200])
+    message = complaint(capsys, arguments(tmp_path / "out", "--data", str(folder)))
+    assert ".png" in message and "could not be prepared" in message
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed_process_is_resumed(tmp_path, coco_folder):
+    """The whole program, killed without warning, then told to resume."""
+    command = [sys.executable, str(ROOT / "train_net.py")]
+    options = {"SOLVER__CHECKPOINT_PERIOD": 2, "TEST__NUM_PICTURES": 0}
+    argv = ["--data", str(coco_folder), *tiny_options(tmp_path, **options, SOLVER__MAX_ITER=100000)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*command, *argv], env=env, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "last_checkpoint").exists() and time.monotonic() < deadline:
+            assert process.poll() is None, "the training ended by itself"
+            time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+    last = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
+    done = last["trainer"]["iteration"] + 1
+    argv = ["--data", str(coco_folder), "--resume"]
+    argv += tiny_options(tmp_path, **options, SOLVER__MAX_ITER=done + 2)
+    finished = subprocess.run([*command, *argv], env=env, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert f"resumed at iteration {done} of {done + 2}" in finished.stdout
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
