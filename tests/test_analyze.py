@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.structures import ImageList
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +37,10 @@ class Attends(nn.Module):
         self.backbone.forward = lambda image: {"unused": image @ image}
 
     def preprocess_images(self, inputs):
-        return inputs[0]["image"]
+        return ImageList.from_tensors([inputs[0]["image"]])
 
-    def predict(self, image):
+    def predict(self, image, sizes):
+        assert sizes.hw == ((4, 4),)
         self.backbone(image)
         x = image.new_ones(2, 3, 5, 8)  # (B, H, N, D)
         key, value = image.new_ones(2, 3, 7, 8), image.new_ones(2, 3, 7, 4)

@@ -22,6 +22,8 @@ from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
 
+from asag.structures import ImageSizes
+
 PRODUCTS = ("conv", "linear", "addmm", "bmm", "matmul", "einsum", "baddbmm", "attention")
 """Operators whose count is in multiply-adds: two floating point operations each."""
 
@@ -61,7 +63,8 @@ class _Raw(nn.Module):
         # The tracer drops what no output depends on. A level of the pyramid that happens to hold no
         # box is computed all the same, so the maps are outputs too.
         handle = self.model.backbone.register_forward_hook(keep)
-        predictions, _ = self.model.predict(self.model.preprocess_images([{"image": image}]))
+        images = self.model.preprocess_images([{"image": image}])
+        predictions, _ = self.model.predict(images.tensor, ImageSizes.from_images(images))
         handle.remove()
         return *features, predictions.logits, predictions.boxes_xyxy
 
