@@ -158,6 +158,17 @@ def test_head_parameters_of_the_authors_checkpoint(shared_dir: Path) -> None:
     assert IOU_SPARSE_RCNN.to_theirs(renamed) == theirs
 
 
+@pytest.mark.parametrize("name", ["attention_iou_esa_dcw", "attention_iou", "disentangle_full"])
+def test_mixed_precision_trains_with_finite_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    model = small(ABLATIONS / f"coco_{name}.yaml")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(training_inputs(80))
+    sum(losses.values()).backward()
+    assert all(x.isfinite() for x in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.roi_heads.parameters())
+
+
 def test_two_kinds_of_separation_exclude_each_other() -> None:
     options = ["MODEL.META_ARCHITECTURE", "SparseDetector", DECODER + "DISENTANGLE", "half"]
     with pytest.raises(ValueError, match=r"DCW.*DISENTANGLE.*'half'"):

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor, nn
 
-from asag import get_asag_cfg
+from asag import get_asag_cfg, load_config
 from asag.modeling.tta import DetectorWithTTA, merge_by_nms, merge_by_vote
 
 HEIGHT, WIDTH = 60, 100
@@ -225,3 +226,25 @@ def test_nms_works_class_by_class() -> None:
     _, scores, classes = merge_by_nms(found, 0.65)
     assert scores.tolist() == [pytest.approx(0.8), pytest.approx(0.5)]
     assert classes.tolist() == [0, 1]
+
+
+def test_one_copy_of_the_same_size_changes_nothing() -> None:
+    torch.manual_seed(0)
+    config = Path(__file__).resolve().parents[1] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
+    one_copy = [
+        "TEST.AUG.MIN_SIZES",
+        "(64,)",
+        "TEST.AUG.FLIP",
+        "False",
+        "TEST.AUG.MERGE_IOU",
+        "1.0",
+    ]
+    cfg = load_config(str(config), ["MODEL.DEVICE", "cpu", *one_copy])
+    model = build_model(cfg).eval()
+    x = {"image": torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8)}
+    with torch.no_grad():
+        expected = model([x])[0]["instances"]
+    actual = DetectorWithTTA(cfg, model)([x])[0]["instances"]
+    torch.testing.assert_close(actual.scores, expected.scores)
+    torch.testing.assert_close(actual.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(actual.pred_classes, expected.pred_classes)
