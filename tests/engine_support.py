@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 
 from asag import load_config
 from asag.data import ShapesSpec, register_shapes
+from asag.data.shapes import make_shapes
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
 SPEC = ShapesSpec(
@@ -69,6 +70,14 @@ def _scratch() -> Path:
     folder = tempfile.mkdtemp(prefix="engine_shapes_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
+
+
+def write_coco_folder(folder: Path) -> Path:
+    """The tiny shapes as a folder that a user might bring, in Roboflow's layout."""
+    root = register_tiny_shapes()
+    for split in ("train", "val"):
+        shutil.copytree(make_shapes(SPEC, split, root), folder / split)
+    return folder
 
 
 def tiny_options(output_dir: str | Path, **changes: object) -> list[str]:

@@ -10,9 +10,18 @@ import pytest
 import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from engine_support import losses, register_tiny_shapes, tiny_cfg, weights
+from engine_support import (
+    CONFIG,
+    losses,
+    register_tiny_shapes,
+    tiny_cfg,
+    tiny_options,
+    weights,
+    write_coco_folder,
+)
 
 from asag.engine import NonFiniteLossError, Trainer
+from asag.engine.launch import build_parser, configure, run
 from asag.engine.processes import launch
 
 STEPS = 3
@@ -48,8 +57,18 @@ def work(data: str, folder: str) -> int:
         broken._log.collect()
     except NonFiniteLossError as error:
         found["complaint"] = str(error)
+    found["command_line"] = command_line(Path(folder))
     (Path(folder) / f"rank{comm.get_rank()}.json").write_text(json.dumps(found))
     return 0
+
+
+def command_line(folder: Path) -> int:
+    """What train_net.py does in a process that it has started, for data of one's own."""
+    options = tiny_options(folder / "out", SOLVER__MAX_ITER=1)
+    data = ["DATASETS.TRAIN", "('mine_train',)", "DATASETS.TEST", "('mine_val',)"]
+    argv = ["--config-file", str(CONFIG), "--data", str(folder / "mine"), *options, *data]
+    args = build_parser().parse_args(argv)
+    return run(args, *configure(args))
 
 
 def fail(code: int) -> int:
@@ -59,6 +78,7 @@ def fail(code: int) -> int:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("two")
+    write_coco_folder(folder / "mine")
     assert launch(work, (str(register_tiny_shapes()), str(folder)), processes=2) == 0
     return folder
 
@@ -95,6 +115,15 @@ def test_divergence_on_one_process_is_reported_by_all(two):
     for number in (0, 1):
         assert "iteration 5: loss_ce = nan" in rank(two, number)["complaint"]
         assert "image-of-rank-1.png" in rank(two, number)["complaint"]
+
+
+def test_command_line_in_two_processes(two):
+    assert rank(two, 0)["command_line"] == rank(two, 1)["command_line"] == 0
+    assert (two / "out/model_final.pth").is_file()
+    assert "done: box AP" in (two / "out/log.txt").read_text()
+    state = torch.load(two / "out/model_final.pth", weights_only=True)
+    assert len(state["trainer"]["rng"]) == 2
+    assert not torch.equal(*(s["torch"] for s in state["trainer"]["rng"])), "ranks draw their own"
 
 
 def test_exit_codes_and_wrong_counts():

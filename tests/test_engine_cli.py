@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils.logger import setup_logger
-from engine_support import CONFIG, SPEC, register_tiny_shapes, tiny_options
+from engine_support import CONFIG, register_tiny_shapes, tiny_options, write_coco_folder
 
-from asag.data.shapes import ANNOTATION_FILE, make_shapes
+from asag.data.shapes import ANNOTATION_FILE
 from asag.engine.launch import build_parser, configure, find_config, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,13 +57,7 @@ def box_ap(log: str) -> str:
 
 @pytest.fixture(scope="module")
 def coco_folder(tmp_path_factory) -> Path:
-    """The tiny shapes as a folder that a user might bring: Roboflow's layout."""
-    folder = tmp_path_factory.mktemp("mine")
-    made = make_shapes(SPEC, "train", register_tiny_shapes()).parent
-    make_shapes(SPEC, "val", register_tiny_shapes())
-    for split in ("train", "val"):
-        shutil.copytree(made / split, folder / split)
-    return folder
+    return write_coco_folder(tmp_path_factory.mktemp("mine"))
 
 
 def test_training_then_evaluation(tmp_path):
@@ -91,8 +85,11 @@ def test_training_then_evaluation(tmp_path):
 
 def test_own_data_in_one_argument(tmp_path, coco_folder, capsys):
     argv = arguments(tmp_path, "--data", str(coco_folder), MODEL__ROI_HEADS__NUM_CLASSES=80)
+    argv += ["MODEL.PROPOSAL_GENERATOR.NUM_QUERIES", "2"]
     assert main(argv) == 0
-    assert "12 images" in capsys.readouterr().out, "the report is printed"
+    printed = capsys.readouterr().out
+    assert "12 images" in printed, "the report is printed"
+    assert "an image has 3 boxes, but there are 2 queries" in printed
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert state["class_names"] == ["circle", "square"]
     results = json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
@@ -180,7 +177,6 @@ def test_killed_process_is_resumed(tmp_path, coco_folder):
     done = last["trainer"]["iteration"] + 1
     argv = ["--data", str(coco_folder), "--resume"]
     argv += tiny_options(tmp_path, **options, SOLVER__MAX_ITER=done + 2)
-    finished = subprocess.run([*command, *argv], env=env, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    assert f"resumed at iteration {done} of {done + 2}" in finished.stdout
+    assert main(argv) == 0
+    assert f"resumed at iteration {done} of {done + 2}" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 
+from ..checkpoint.loading import PublishedCheckpointer
 from ..files import atomic_writer
 
 
-class AtomicCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, except that a crash while writing leaves the older file readable.
+class AtomicCheckpointer(PublishedCheckpointer):
+    """Detectron2's checkpointer, except that a crash while writing leaves the older file readable,
+    and that it reads the papers' published weights.
 
     Checkpoints hold tensors, numbers and strings only: `torch.load` reads them with
     `weights_only=True`.

@@ -81,10 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cfg, recipe = configure(args)
         say = print if _is_first() else _silent
         cuda = choose_device(cfg, args.num_gpus, say)
-        registered = register_data(args, cfg)
+        registered = register_data(args, cfg.OUTPUT_DIR)
         if registered is not None:
             for report in registered.reports:
                 say(report.table())
+            use_data(cfg, registered, say)
         cfg.freeze()
         return launch(
             run,
@@ -142,8 +143,12 @@ def choose_device(cfg: CfgNode, num_gpus: int, say: Any = print) -> bool:
     return cfg.MODEL.DEVICE.startswith("cuda")
 
 
-def register_data(args: argparse.Namespace, cfg: CfgNode) -> RegisteredFolder | None:
-    """Registers --data (or --train-json and its kin) and points DATASETS and NUM_CLASSES to it.
+def register_data(args: argparse.Namespace, output_dir: str) -> RegisteredFolder | None:
+    """Registers --data, or --train-json and its kin.
+
+    Args:
+        args: of the command line.
+        output_dir: where cleaned copies of annotation files go.
 
     Returns:
         What was registered; None when the configuration's own data sets are used.
@@ -159,7 +164,7 @@ def register_data(args: argparse.Namespace, cfg: CfgNode) -> RegisteredFolder | 
         raise ValueError("pass either --data DIR or --train-json FILE, not both")
     if args.data:
         registered = register_coco_folder(
-            args.data, output_dir=cfg.OUTPUT_DIR, evaluate_on_train=args.evaluate_on_train
+            args.data, output_dir=output_dir, evaluate_on_train=args.evaluate_on_train
         )
     else:
         if not args.train_json:
@@ -171,12 +176,23 @@ def register_data(args: argparse.Namespace, cfg: CfgNode) -> RegisteredFolder | 
             Path(args.train_json).resolve().parent.name or "data",
             train=_split(args.train_json, args.train_images),
             val=val,
-            output_dir=cfg.OUTPUT_DIR,
+            output_dir=output_dir,
         )
+    return registered
+
+
+def use_data(cfg: CfgNode, registered: RegisteredFolder, say: Any = print) -> None:
+    """Points DATASETS and MODEL.ROI_HEADS.NUM_CLASSES to registered data."""
     cfg.DATASETS.TRAIN = (registered.train,)
     cfg.DATASETS.TEST = (registered.val,)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(registered.class_names)
-    return registered
+    fullest = max(report.max_boxes_per_image for report in registered.reports)
+    queries = cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES
+    if fullest > queries:
+        say(
+            f"WARNING: an image has {fullest} boxes, but there are {queries} queries, which find "
+            "one object each at most. Raise MODEL.PROPOSAL_GENERATOR.NUM_QUERIES."
+        )
 
 
 def _split(json_file: str, images: str | None) -> CocoSplit:
@@ -191,7 +207,7 @@ def run(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> int:
     """
     try:
         if comm.get_world_size() > 1 and not started_by_torchrun():
-            register_data(args, cfg.clone())  # a spawned process knows nothing yet
+            register_data(args, cfg.OUTPUT_DIR)  # a spawned process knows nothing yet
         _set_up(cfg)
         if args.eval_only:
             evaluate(args, cfg)
