@@ -23,12 +23,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from asag import load_config
+from asag.checkpoint.loading import PublishedCheckpointer
 from asag.data.image_io import read_image
 from asag.engine.launch import choose_device
 from asag.modeling import SparseDetector
@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choose_device(cfg, num_gpus=1)
         model = build_model(cfg).eval()
         weights = cfg.MODEL.WEIGHTS if given.weights is None else given.weights
-        DetectionCheckpointer(model).load(weights)
+        PublishedCheckpointer(model).load(weights)
         pixels = read_image(given.image, cfg.INPUT.FORMAT)
         resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         pixels = resize.get_transform(pixels).apply_image(pixels)
