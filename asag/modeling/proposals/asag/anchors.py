@@ -1,0 +1,315 @@
+"""From patches to the anchors of an image: fixed part, Adaptive Probing, replacement, assembly.
+
+ASAG (Fu et al., ICCV 2023), Section 3.2; where the paper is silent, the authors' code. B images,
+A anchors, P patches, N anchors of an image in the end. Boxes are cxcywh in pixels of the unpadded
+image.
+
+Everything is padded and masked: a patch or an anchor that an image does not have is a slot that is
+not `valid`. With fixed capacities every shape is known beforehand and the host never looks at the
+data; otherwise the slots shrink to what the fullest image needs. Both compute the same anchors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...layers.boxes import cxcywh_to_xyxy
+from .network import AnchorNetwork
+from .patches import PATCH, centred_corners, greedy_nms
+
+LEVELS = (4, 3)  # pyramid levels that may be probed, in this order
+
+
+@dataclass(frozen=True)
+class ProbingRules:
+    """Thresholds and limits of the generator, with the paper's symbols.
+
+    Attributes:
+        eta_f: anchors with a higher score are kept (anything below 0 keeps all).
+        eta_l, eta_h: anchors with a score between them are probed.
+        eta_iou: IoU above which the NMS on patches suppresses.
+        min_anchors: fewest anchors an image takes from the fixed part.
+        max_anchors: most anchors of an image, by score.
+        min_side: anchors with a smaller side score 0, in pixels.
+        finest_level: 3 probes P4 and P3, 4 only P4, 5 nothing.
+        min_selected: an image with fewer selected anchors is not probed further (fast: 3).
+        max_patches: most patches an image and level, 0 is no limit (fast: 15).
+        replace: selected anchors are replaced by what their patches predict.
+    """
+
+    eta_f: float = 0.1
+    eta_l: float = 0.1
+    eta_h: float = 0.7
+    eta_iou: float = 0.25
+    min_anchors: int = 5
+    max_anchors: int = 200
+    min_side: float = 3.0
+    finest_level: int = 3
+    min_selected: int = 1
+    max_patches: int = 0
+    replace: bool = True
+
+    def __post_init__(self) -> None:
+        checks = {
+            "FINEST_LEVEL": (self.finest_level in (3, 4, 5), self.finest_level, "3, 4 or 5"),
+            "MAX_ANCHORS": (self.max_anchors >= 1, self.max_anchors, "at least 1"),
+            "MIN_ANCHORS": (
+                0 <= self.min_anchors <= self.max_anchors,
+                self.min_anchors,
+                "between 0 and MAX_ANCHORS",
+            ),
+            "MIN_SELECTED": (self.min_selected >= 1, self.min_selected, "at least 1"),
+            "MAX_PATCHES": (self.max_patches >= 0, self.max_patches, "0 or more"),
+            "ETA_IOU": (0 <= self.eta_iou <= 1, self.eta_iou, "between 0 and 1"),
+        }
+        for key, (good, value, allowed) in checks.items():
+            if not good:
+                raise ValueError(f"MODEL.ASAG.{key} is {value}; it must be {allowed}")
+
+
+@dataclass
+class Anchors:
+    """Anchors of every image, padded.
+
+    Attributes:
+        boxes_cxcywh: (B, A, 4) pixels.
+        scores: (B, A) location scores, 0 to 1.
+        valid: (B, A) bool.
+    """
+
+    boxes_cxcywh: Tensor
+    scores: Tensor
+    valid: Tensor
+
+    def where(self, mask: Tensor) -> Anchors:
+        """The same slots, valid only where `mask` (B, A) is true as well."""
+        return Anchors(self.boxes_cxcywh, self.scores, self.valid & mask)
+
+
+@dataclass
+class ProbedPatches:
+    """Patches of one level and what the network says of them.
+
+    Attributes:
+        level: 4 or 3.
+        corner: (B, P, 2) int64 cells.
+        valid: (B, P) bool.
+        forward: (B, P) bool, whether their anchors go on to the detector.
+        raw: (B, P, A, 5), boxes relative to the patch and location logits.
+        num_selected: (B,) int64 anchors that asked for a patch, before suppression.
+        kind: (B, P) int64, see `training_patches.PatchKind`; generated patches are 0.
+    """
+
+    level: int
+    corner: Tensor
+    valid: Tensor
+    forward: Tensor
+    raw: Tensor
+    num_selected: Tensor
+    kind: Tensor
+
+    @property
+    def stride(self) -> int:
+        """Pixels a cell."""
+        return 2**self.level
+
+
+@dataclass
+class GeneratedAnchors:
+    """The anchors of a batch and what the losses need.
+
+    Attributes:
+        anchors: (B, N), the best first, padding last; padding slots hold the whole image.
+        p6: (B, 1 or 4, A, 5) raw predictions of the whole image (while training also flipped).
+        p5: (B, 4, A, 5) raw predictions of the quadrants.
+        probed: patches of each level that was reached.
+    """
+
+    anchors: Anchors
+    p6: Tensor
+    p5: Tensor
+    probed: list[ProbedPatches]
+
+
+Completion = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+"""(stride, corner, valid) of generated patches -> corner, valid, forward, kind of all patches."""
+
+
+class AdaptiveAnchorGenerator(nn.Module):
+    """Image features -> a varying number of anchors an image."""
+
+    def __init__(
+        self,
+        *,
+        network: AnchorNetwork,
+        rules: ProbingRules,
+        patch_capacity: int = 0,
+        anchor_capacity: int = 0,
+    ) -> None:
+        """
+        Args:
+            network: predicts anchors from patches.
+            rules: thresholds and limits.
+            patch_capacity: patch slots an image and level; 0 takes what the fullest image needs.
+            anchor_capacity: anchor slots an image; 0 takes what the fullest image needs.
+
+        Raises:
+            ValueError: only one capacity is given.
+        """
+        super().__init__()
+        if bool(patch_capacity) != bool(anchor_capacity):
+            raise ValueError(
+                "MODEL.ASAG.PATCH_CAPACITY and MODEL.ASAG.ANCHOR_CAPACITY are both 0 (sizes follow "
+                f"the data) or both positive (fixed sizes), got {patch_capacity} and "
+                f"{anchor_capacity}"
+            )
+        self.network = network
+        self.rules = rules
+        self.patch_capacity = patch_capacity
+        self.anchor_capacity = anchor_capacity
+
+    @property
+    def static(self) -> bool:
+        """Whether all shapes are fixed and the host never waits."""
+        return self.patch_capacity > 0
+
+    def forward(
+        self,
+        maps: Sequence[Tensor],
+        whwh: Tensor,
+        completion: Completion | None = None,
+        probing: Tensor | None = None,
+    ) -> GeneratedAnchors:
+        """
+        Args:
+            maps: P3, P4, P5, each (B, C, H, W).
+            whwh: (B, 4) sizes of the unpadded images.
+            completion: adds training patches to the generated ones of a level.
+            probing: 0-d bool, False selects nothing (start of training); None is True.
+        """
+        p6, p5 = self.network.fixed(maps[2], whwh, flips=completion is not None)
+        current = fixed_anchors(p5, p6[:, :1], whwh, self.rules.min_side)
+        settled: list[Anchors] = []
+        probed: list[ProbedPatches] = []
+        for level in LEVELS:
+            if level < self.rules.finest_level:
+                break
+            selected = self.select(current, 2**level)
+            if probing is not None:
+                selected = selected & probing
+            if completion is None and not self.static and not bool(selected.any()):
+                break
+            leaving = current.where(~selected) if self.rules.replace else current
+            settled.append(self.settle(leaving, current, first=not probed))
+            patches = self.probe(maps[level - 3], current, selected, whwh, level, completion)
+            probed.append(patches)
+            current = probed_anchors(patches, whwh, self.rules.min_side)
+        settled.append(self.settle(current, current, first=not probed))
+        return GeneratedAnchors(self.assemble(settled, whwh), p6, p5, probed)
+
+    def select(self, anchors: Anchors, stride: int) -> Tensor:
+        """(B, A) bool: anchors that are unsure and small enough for a patch of the next level."""
+        rules, half_patch = self.rules, PATCH / 2 * stride
+        selected = (
+            anchors.valid
+            & (anchors.scores > rules.eta_l)
+            & (anchors.scores < rules.eta_h)
+            & (anchors.boxes_cxcywh[..., 2:] < half_patch).all(dim=-1)
+        )
+        return selected & (selected.sum(dim=1, keepdim=True) >= rules.min_selected)
+
+    def settle(self, leaving: Anchors, level: Anchors, first: bool) -> Anchors:
+        """What a level gives to the detector: `leaving` above eta_f, and from the `first` level at
+        least min_anchors, which may be any of the `level`."""
+        final = leaving.where(leaving.scores > self.rules.eta_f)
+        if not first or not self.rules.min_anchors:
+            return final
+        best = level.scores.topk(min(self.rules.min_anchors, level.scores.shape[1]), dim=1).indices
+        fallback = torch.zeros_like(level.valid).scatter(1, best, True)
+        enough = final.valid.sum(dim=1, keepdim=True) >= self.rules.min_anchors
+        return Anchors(final.boxes_cxcywh, final.scores, torch.where(enough, final.valid, fallback))
+
+    def probe(
+        self,
+        features: Tensor,
+        current: Anchors,
+        selected: Tensor,
+        whwh: Tensor,
+        level: int,
+        completion: Completion | None,
+    ) -> ProbedPatches:
+        """Adaptive Probing: patches around selected anchors, thinned by NMS *before* they are
+        moved inside the image, and their predictions."""
+        stride = 2**level
+        centre, side = current.boxes_cxcywh[..., :2], float(PATCH * stride)
+        squares = torch.cat((centre - side / 2, centre + side / 2), dim=-1)
+        limits = [x for x in (self.rules.max_patches, self.patch_capacity) if x]
+        index, valid = greedy_nms(
+            squares.detach(),
+            current.scores,
+            selected,
+            iou_threshold=self.rules.eta_iou,
+            limit=min(limits, default=None),
+            static=self.static,
+        )
+        picked = centre.gather(1, index[..., None].expand(-1, -1, 2))
+        corner = centred_corners(picked, whwh, stride)
+        forward, kind = valid, torch.zeros_like(index)
+        if completion is not None:
+            corner, valid, forward, kind = completion(stride, corner, valid)
+        raw = self.network.probe(self.network.compress[level - 3](features), corner, level)
+        return ProbedPatches(level, corner, valid, forward, raw, selected.sum(dim=1), kind)
+
+    def assemble(self, settled: list[Anchors], whwh: Tensor) -> Anchors:
+        """All levels' anchors of an image, best first, at most max_anchors; padding last."""
+        boxes = torch.cat([x.boxes_cxcywh for x in settled], dim=1)
+        scores = torch.cat([x.scores for x in settled], dim=1)
+        valid = torch.cat([x.valid for x in settled], dim=1)
+        slots = min(self.rules.max_anchors, boxes.shape[1])
+        if self.static:
+            slots = min(slots, self.anchor_capacity)
+        else:
+            slots = min(slots, max(1, int(valid.sum(dim=1).max())))
+        scores, index = scores.masked_fill(~valid, -1).topk(slots, dim=1)
+        valid = scores >= 0
+        boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        whole_image = torch.cat((whwh[:, :2] / 2, whwh[:, 2:]), dim=1)[:, None]
+        boxes = torch.where(valid[..., None], boxes, whole_image)
+        return Anchors(boxes, scores.clamp(min=0), valid)
+
+
+@torch.no_grad()
+def fixed_anchors(p5: Tensor, p6: Tensor, whwh: Tensor, min_side: float) -> Anchors:
+    """Anchors of the four quadrants and of the whole image, in that order: raw (B, 4, A, 5) and
+    (B, 1, A, 5) -> (B, 5 A)."""
+    offset = p5.new_zeros(4, 1, 4)
+    offset[1::2, :, 0] = 0.5
+    offset[2:, :, 1] = 0.5
+    relative = torch.cat((p5[..., :4] / 2 + offset, p6[..., :4]), dim=1).flatten(1, 2)
+    logits = torch.cat((p5[..., 4], p6[..., 4]), dim=1).flatten(1)
+    boxes = relative * whwh[:, None]
+    small = (boxes[..., 2:] < min_side).any(dim=-1)
+    scores = logits.sigmoid().masked_fill(small, 0)
+    return Anchors(boxes, scores, torch.ones_like(small))
+
+
+@torch.no_grad()
+def probed_anchors(patches: ProbedPatches, whwh: Tensor, min_side: float) -> Anchors:
+    """Anchors of probed patches whose anchors go on, (B, P, A, 5) -> (B, P A)."""
+    stride, raw = patches.stride, patches.raw
+    centre = (raw[..., :2] * PATCH + patches.corner[:, :, None]) * stride
+    size = raw[..., 2:4] * (PATCH * stride)
+    useless = (centre >= whwh[:, None, None, :2]).any(dim=-1) | (size < min_side).any(dim=-1)
+    scores = raw[..., 4].sigmoid().masked_fill(useless, 0)
+    valid = (patches.valid & patches.forward)[..., None].expand_as(useless)
+    boxes = torch.cat((centre, size), dim=-1)
+    return Anchors(boxes.flatten(1, 2), scores.flatten(1), valid.flatten(1))
+
+
+def anchors_xyxy(anchors: Anchors) -> Tensor:
+    """(B, N, 4) corners in pixels."""
+    return cxcywh_to_xyxy(anchors.boxes_cxcywh)

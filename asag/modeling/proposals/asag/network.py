@@ -1,0 +1,116 @@
+"""The network of the Adaptive Sparse Anchor Generator: patch in, a few anchors out.
+
+ASAG (Fu et al., ICCV 2023), Section 3.2 and Fig. 4. B images, P patches, T tokens of a patch, C
+channels after compression, A anchors of a patch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ...layers.init import xavier_init_matrices
+from .patches import PATCH, crop_patches, resize_valid
+
+P5_STRIDE = 32
+
+
+class PatchTokens(nn.Module):
+    """Norm over a whole patch, then a learned position: (..., T, C) -> (..., T * C)."""
+
+    def __init__(self, *, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm((PATCH * PATCH, channels))
+        self.position = nn.Parameter(torch.zeros(PATCH * PATCH, channels))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.norm(tokens) + self.position).flatten(-2)
+
+
+def _compression(dim: int, channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(dim, dim // 2, 1), nn.GELU(), nn.Conv2d(dim // 2, channels, 3, padding=1)
+    )
+
+
+def _mlp(in_dim: int, hidden_dim: int, num_anchors: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(in_dim, hidden_dim),
+        nn.GELU(),
+        nn.Linear(hidden_dim, hidden_dim),
+        nn.GELU(),
+        nn.Linear(hidden_dim, 5 * num_anchors),
+    )
+
+
+class AnchorNetwork(nn.Module):
+    """Compression, tokens and the two MLPs.
+
+    Outputs hold, for each anchor, centre and size relative to the patch (0 to 1) and the location
+    *logit*. There is no prior box: anchors come from the patch's content alone.
+    """
+
+    def __init__(
+        self, *, dim: int, channels: int = 8, fixed_anchors: int = 50, patch_anchors: int = 20
+    ) -> None:
+        """
+        Args:
+            dim: channels of the pyramid.
+            channels: C.
+            fixed_anchors: anchors of each P5 quadrant and of P6 (n1).
+            patch_anchors: anchors of each probed patch (n2).
+        """
+        super().__init__()
+        in_dim, hidden_dim = PATCH * PATCH * channels, 125 * channels
+        self.compress = nn.ModuleList(_compression(dim, channels) for _ in range(3))  # P3, P4, P5
+        self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=2, dilation=2)
+        self.tokens = nn.ModuleList(PatchTokens(channels=channels) for _ in range(3))  # P5, P4, P3
+        self.fixed_mlp = _mlp(in_dim, hidden_dim, fixed_anchors)
+        self.patch_mlp = _mlp(in_dim, hidden_dim, patch_anchors)
+        # The authors' code draws every parameter with two dimensions from Xavier's distribution,
+        # which includes weight and bias of the joint norms.
+        xavier_init_matrices(self)
+        for tokens in self.tokens:
+            nn.init.zeros_(tokens.position)
+
+    def fixed(self, p5: Tensor, whwh: Tensor, flips: bool) -> tuple[Tensor, Tensor]:
+        """The part that always runs.
+
+        Args:
+            p5: (B, dim, H, W) map of stride 32.
+            whwh: (B, 4) sizes of the unpadded images.
+            flips: also predict from P6 mirrored horizontally, vertically and both ways (training).
+
+        Returns:
+            P6 (B, 1 or 4, A, 5), and the quadrants of P5 (B, 4, A, 5): top left, top right, bottom
+            left, bottom right.
+        """
+        whole = resize_valid(self.compress[2](p5), whwh, P5_STRIDE)  # (B, C, 2 PATCH, 2 PATCH)
+        p6 = self.p6(whole.relu())  # (B, C, PATCH, PATCH)
+        views = [p6, p6.flip(-1), p6.flip(-2), p6.flip(-1, -2)] if flips else [p6]
+        quadrants = whole.unflatten(-2, (2, PATCH)).unflatten(-1, (2, PATCH))
+        quadrants = quadrants.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)  # (B, 4, PATCH, PATCH, C)
+        patches = torch.stack(views, dim=1).permute(0, 1, 3, 4, 2)
+        tokens = torch.cat((patches, quadrants), dim=1).flatten(2, 3)
+        raw = _anchors(self.fixed_mlp(self.tokens[0](tokens)))
+        return raw[:, : len(views)], raw[:, len(views) :]
+
+    def probe(self, compressed: Tensor, corner: Tensor, level: int) -> Tensor:
+        """Anchors of patches of P4 or P3.
+
+        Args:
+            compressed: (B, C, H, W) map of the level.
+            corner: (B, P, 2) int64 cells.
+            level: 4 or 3.
+
+        Returns:
+            (B, P, A, 5).
+        """
+        tokens = self.tokens[5 - level](crop_patches(compressed, corner))
+        return _anchors(self.patch_mlp(tokens))
+
+
+def _anchors(output: Tensor) -> Tensor:
+    """(..., 5 A) -> (..., A, 5): box numbers through a sigmoid, the location logit as it is."""
+    raw = output.unflatten(-1, (-1, 5))
+    return torch.cat((raw[..., :4].sigmoid(), raw[..., 4:]), dim=-1)

@@ -1,0 +1,135 @@
+"""Square patches of feature maps: choosing, placing and cutting them, for all images at once.
+
+ASAG (Fu et al., ICCV 2023), Section 3.2. B images, A anchors, P patches, C channels, T = PATCH x
+PATCH tokens of a patch. Corners are (column, row) in cells of the map that a patch is cut from.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...layers.boxes import box_iou
+
+PATCH = 15  # cells of a patch's side
+INTERPOLATED = 2 * PATCH  # cells to which the coarsest map is resized: four patches
+_PICKS_BETWEEN_LOOKS = 16
+
+
+def greedy_nms(
+    boxes_xyxy: Tensor,
+    scores: Tensor,
+    candidates: Tensor,
+    *,
+    iou_threshold: float,
+    limit: int | None = None,
+    static: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Non-maximum suppression in every image at once: each round picks every image's best box.
+
+    Args:
+        boxes_xyxy: (B, A, 4).
+        scores: (B, A), finite.
+        candidates: (B, A) bool, which boxes take part.
+        iou_threshold: a pick suppresses what overlaps it by more.
+        limit: most picks an image; None picks until nothing is left.
+        static: always `limit` rounds, without a look at the data from the host.
+
+    Returns:
+        Indices (B, P) in falling order of score, and (B, P) bool which of them are picks: P is the
+        largest number of picks of an image, or `limit` when static.
+
+    Raises:
+        ValueError: static without a limit.
+    """
+    if static and limit is None:
+        raise ValueError("static suppression needs a limit of picks")
+    left = scores.masked_fill(~candidates, -torch.inf)
+    indices, taken = [], []
+    while limit is None or len(indices) < limit:
+        look = not static and len(indices) % _PICKS_BETWEEN_LOOKS == 0
+        if look and not bool((left > -torch.inf).any()):
+            break
+        best, index = left.max(dim=1, keepdim=True)  # (B, 1)
+        indices.append(index)
+        taken.append(best > -torch.inf)
+        chosen = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
+        left = left.masked_fill(box_iou(boxes_xyxy, chosen) > iou_threshold, -torch.inf)
+        left = left.scatter(1, index, -torch.inf)  # an empty box does not overlap itself
+    if not indices:
+        empty = scores.new_zeros(len(scores), 0)
+        return empty.long(), empty.bool()
+    index, valid = torch.cat(indices, dim=1), torch.cat(taken, dim=1)
+    if not static:
+        width = int(valid.sum(dim=1).max())
+        index, valid = index[:, :width], valid[:, :width]
+    return index, valid
+
+
+def map_cells(whwh: Tensor, stride: int) -> Tensor:
+    """(B, 1, 2) columns and rows that the unpadded images cover in a map of this stride."""
+    return (whwh[:, None, :2] / stride).ceil()
+
+
+def pull_inside(corner: Tensor, cells: Tensor) -> Tensor:
+    """Moves corners (B, P, 2) up and left until patches end with the image; may go below zero."""
+    return torch.minimum(corner, cells - PATCH)
+
+
+def centred_corners(centre_xy: Tensor, whwh: Tensor, stride: int) -> Tensor:
+    """Corners (B, P, 2) int64 of patches around centres (B, P, 2) in pixels, inside the image.
+
+    Where the image has fewer than PATCH cells the corner is 0 and the patch runs into the padding.
+    """
+    corner = (centre_xy / stride - PATCH / 2).floor()
+    return pull_inside(corner, map_cells(whwh, stride)).long().clamp(min=0)
+
+
+def crop_patches(features: Tensor, corner: Tensor) -> Tensor:
+    """Cuts patches out of maps in one gather.
+
+    Args:
+        features: (B, C, H, W); zeros are added right and below where it has less than PATCH cells.
+        corner: (B, P, 2) int64.
+
+    Returns:
+        (B, P, T, C), tokens row by row.
+    """
+    height, width = features.shape[-2:]
+    features = F.pad(features, (0, max(PATCH - width, 0), 0, max(PATCH - height, 0)))
+    cells = torch.arange(PATCH, device=corner.device)
+    columns = (corner[..., 0, None] + cells)[..., None, :]  # (B, P, 1, PATCH)
+    rows = (corner[..., 1, None] + cells)[..., None]  # (B, P, PATCH, 1)
+    image = torch.arange(len(corner), device=corner.device).view(-1, 1, 1, 1)
+    return features.permute(0, 2, 3, 1)[image, rows, columns].flatten(2, 3)
+
+
+def resize_valid(features: Tensor, whwh: Tensor, stride: int) -> Tensor:
+    """Resizes the part of each map that its image covers to INTERPOLATED x INTERPOLATED.
+
+    Bilinear without half-pixel alignment of corners, as `F.interpolate` does, written as two
+    products with hat functions: every image has its own extent and needs no loop.
+
+    Args:
+        features: (B, C, H, W).
+        whwh: (B, 4) sizes of the unpadded images.
+        stride: pixels a cell; the image covers round(size / stride) cells, halves to even.
+
+    Returns:
+        (B, C, INTERPOLATED, INTERPOLATED).
+    """
+    extent = (whwh[:, :2] / stride).round().clamp(min=1)  # (B, 2)
+    columns = _hat_weights(extent[:, 0], features.shape[-1]).to(features.dtype)
+    rows = _hat_weights(extent[:, 1], features.shape[-2]).to(features.dtype)
+    return rows[:, None] @ features @ columns[:, None].transpose(-1, -2)
+
+
+def _hat_weights(extent: Tensor, size: int) -> Tensor:
+    """(B, INTERPOLATED, size): how much each cell adds to each sample along one axis."""
+    extent = extent.clamp(max=size)[:, None]
+    sample = torch.arange(INTERPOLATED, device=extent.device, dtype=extent.dtype) + 0.5
+    position = sample * (extent / INTERPOLATED) - 0.5  # (B, INTERPOLATED)
+    position = torch.minimum(position.clamp(min=0), extent - 1)[..., None]
+    cell = torch.arange(size, device=extent.device, dtype=extent.dtype)
+    return (1 - (position - cell).abs()).clamp(min=0)

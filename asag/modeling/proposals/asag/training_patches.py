@@ -1,0 +1,145 @@
+"""Patches that training adds to the generated ones, so that every image and level has enough.
+
+ASAG (Fu et al., ICCV 2023), Section 3.2 and the authors' code. B images, P patches, M padded ground
+truths, G generated patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ....structures import Targets
+from ...layers.boxes import xyxy_to_cxcywh
+from .patches import PATCH, greedy_nms, map_cells, pull_inside
+
+Uniform = Callable[[tuple[int, ...], torch.device], Tensor]
+"""(shape, device) -> independent draws from [0, 1)."""
+
+
+class PatchKind(IntEnum):
+    """Where a training patch comes from."""
+
+    GENERATED = 0
+    GROUND_TRUTH = 1
+    RANDOM = 2
+
+
+def draw_uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Draws on the device, from torch's default generator."""
+    return torch.rand(shape, device=device)
+
+
+class PatchCompletion:
+    """Fills the patches of a level up to a minimum: ground-truth patches first, then random ones.
+
+    Patches that were not generated only serve the loss; their anchors do not go on. Warm-up is
+    different: nothing is generated, *all* ground-truth patches are used, and theirs do go on.
+    """
+
+    def __init__(
+        self,
+        targets: Targets,
+        *,
+        minimum: int = 4,
+        iou_threshold: float = 0.25,
+        warmup: Tensor | None = None,
+        capacity: int = 0,
+        uniform: Uniform = draw_uniform,
+    ) -> None:
+        """
+        Args:
+            targets: padded ground truth.
+            minimum: patches that every image has at least in each level (N_TP).
+            iou_threshold: of the NMS on ground-truth boxes.
+            warmup: 0-d bool on the device, whether this is the first epoch; None is not.
+            capacity: patch slots an image; 0 takes what the fullest image needs.
+            uniform: source of randomness.
+        """
+        self.targets = targets
+        self.minimum = minimum
+        self.iou_threshold = iou_threshold
+        device = targets.valid.device
+        self.warmup = torch.zeros((), dtype=torch.bool, device=device) if warmup is None else warmup
+        self.capacity = capacity
+        self.uniform = uniform
+
+    @torch.no_grad()
+    def __call__(
+        self, stride: int, corner: Tensor, valid: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """
+        Args:
+            stride: of the level.
+            corner: (B, G, 2) int64 of the generated patches.
+            valid: (B, G) bool.
+
+        Returns:
+            corner (B, P, 2), valid, forward (B, P) bool and kind (B, P) int64 of all patches:
+            generated, ground truth, random, then slots without a patch.
+        """
+        truth, truth_exists = self.ground_truth_patches(stride)
+        generated = valid.sum(dim=1, keepdim=True)
+        missing = (self.minimum - generated).clamp(min=0)
+        truth_used = truth_exists & (self._shuffled_rank(truth_exists) < missing)
+        truth_used = torch.where(self.warmup, truth_exists, truth_used)
+        missing = missing - truth_used.sum(dim=1, keepdim=True)
+        random = self.random_patches(stride)
+        random_used = torch.arange(self.minimum, device=valid.device) < missing  # (B, minimum)
+        used = torch.cat((valid, truth_used, random_used), dim=1)
+        forward = torch.cat(
+            (valid, truth_used & self.warmup, torch.zeros_like(random_used)), dim=1
+        )
+        kind = torch.cat(
+            [
+                torch.full_like(mask, int(k), dtype=torch.long)
+                for k, mask in zip(PatchKind, (valid, truth_used, random_used), strict=True)
+            ],
+            dim=1,
+        )
+        slots = self.capacity or max(1, int(used.sum(dim=1).max()))
+        first = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :slots]
+        corner = torch.cat((corner, truth, random), dim=1)
+        corner = corner.gather(1, first[..., None].expand(-1, -1, 2))
+        return corner, used.gather(1, first), forward.gather(1, first), kind.gather(1, first)
+
+    def ground_truth_patches(self, stride: int) -> tuple[Tensor, Tensor]:
+        """Patches that hold a small object at a random place, (B, P, 2) and (B, P) bool.
+
+        The NMS prefers objects with many others near them.
+        """
+        targets = self.targets
+        boxes = xyxy_to_cxcywh(targets.boxes_xyxy)
+        small = targets.valid & (boxes[..., 2:] < PATCH / 2 * stride).all(dim=-1)
+        offset = boxes[:, :, None, :2] - boxes[:, None, :, :2]  # (B, M, M, 2)
+        distance = (offset.square().sum(dim=-1) * small[:, None]).sum(dim=-1)
+        index, valid = greedy_nms(
+            targets.boxes_xyxy,
+            -distance,
+            small,
+            iou_threshold=self.iou_threshold,
+            limit=min(self.capacity, small.shape[1]) if self.capacity else None,
+            static=self.capacity > 0,
+        )
+        chosen = targets.boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
+        corner = (chosen[..., :2] / stride).floor()
+        corner = pull_inside(corner, map_cells(targets.image_whwh, stride))
+        slack = (corner + PATCH - chosen[..., 2:] / stride).clamp(min=0)
+        shift = self.uniform(tuple(slack.shape), slack.device).to(slack.dtype) * slack
+        return (corner - shift).floor().long().clamp(min=0), valid
+
+    def random_patches(self, stride: int) -> Tensor:
+        """(B, minimum, 2) int64 corners, uniform over the image."""
+        room = (map_cells(self.targets.image_whwh, stride) - PATCH).clamp(min=1)  # (B, 1, 2)
+        shape = (len(room), self.minimum, 2)
+        # A draw next to 1 may round up to the excluded end.
+        corner = (self.uniform(shape, room.device).to(room.dtype) * room).floor()
+        return torch.minimum(corner, room - 1).long()
+
+    def _shuffled_rank(self, exists: Tensor) -> Tensor:
+        """(B, P) int64 places in a random order in which slots that do not exist come last."""
+        key = self.uniform(tuple(exists.shape), exists.device).masked_fill(~exists, 2.0)
+        return key.argsort(dim=1, stable=True).argsort(dim=1)
