@@ -153,9 +153,13 @@ def test_boxes_are_detached_between_stages_and_queries_are_not():
     assert [bool(g.any()) for g in gradients] == [False, True, True]
 
 
+def pool_as_on_a_gpu(pooler, features):
+    return list(features)
+
+
 def test_a_training_step_copies_to_the_host_once(monkeypatch):
-    # A GPU pools by the static path; preprocessing only reads sizes that are on the host.
-    monkeypatch.setattr(PyramidRoIAlign, "_pool_compact", PyramidRoIAlign._pool_static)
+    # A GPU pools by its kernel; preprocessing only reads sizes that are on the host.
+    monkeypatch.setattr(PyramidRoIAlign, "prepare", pool_as_on_a_gpu)
     model = build().train()
     inputs = [sample(3, 0), sample(1, 1)]
     images = model.preprocess_images(inputs)
@@ -168,7 +172,7 @@ def test_a_training_step_copies_to_the_host_once(monkeypatch):
 
 
 def test_a_forward_pass_to_raw_predictions_copies_nothing_to_the_host(monkeypatch, detector):
-    monkeypatch.setattr(PyramidRoIAlign, "_pool_compact", PyramidRoIAlign._pool_static)
+    monkeypatch.setattr(PyramidRoIAlign, "prepare", pool_as_on_a_gpu)
     batch = detector.preprocess_images([{"image": image()}])
     sizes = ImageSizes.from_images(batch)
     with torch.no_grad():

@@ -14,7 +14,6 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ...structures import ImageSizes, Predictions, Queries
-from ..layers.boxes import at_least_float32
 from ..layers.roi_align import PyramidRoIAlign
 from .build import build_attention, build_interaction
 from .stage import DynamicConvStage
@@ -104,13 +103,12 @@ class DynamicConvHeads(nn.Module):
             queries: with boxes and content.
             sizes: not needed, boxes are in pixels.
         """
-        # Converted once: RoIAlign works in float32, and every stage reads the same maps.
-        maps = [at_least_float32(features[f]) for f in self.in_features]
+        pyramid = self.pooler.prepare([features[f] for f in self.in_features])
         content, boxes = queries.content, queries.boxes_xyxy
         valid = None if queries.all_valid else queries.valid
         logits, refined = [], []
         for stage in self.stages:
-            roi_features = self.pooler(maps, boxes)  # (B * N, C, P, P)
+            roi_features = self.pooler(pyramid, boxes)  # (B * N, C, P, P)
             roi_features = roi_features.flatten(2).transpose(1, 2)  # (B * N, P^2, C)
             stage_logits, stage_boxes, content = stage(content, boxes, roi_features, valid)
             logits.append(stage_logits)

@@ -1,15 +1,17 @@
-"""RoIAlign over a feature pyramid: each box reads the level that fits its size (Lin et al., 2017,
-Eq. 1).
+"""RoIAlign over a feature pyramid: each box reads the level that fits its size (FPN, Lin et al.,
+CVPR 2017, Eq. 1; Mask R-CNN, He et al., ICCV 2017).
 
-B images, N boxes an image, R = B * N, C channels, P pooled side.
+B images, N boxes an image, R = B * N, C channels, P pooled side, H_l x W_l cells of level l.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
@@ -18,14 +20,42 @@ from .boxes import at_least_float32, box_area
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 
 
-class PyramidRoIAlign(nn.Module):
-    """Batched RoIAlign with the numbers of Detectron2's `ROIPooler`.
+@dataclass
+class FlatPyramid:
+    """All cells of a pyramid as rows of one table, channels last.
 
-    `ROIPooler` asks the device once a level how many boxes belong there, which stalls a GPU 24
-    times in six stages. Here every level sees all boxes, those of other levels moved out of the
-    map, where the
-    kernel returns zero at once, and the levels are summed: static shapes and no synchronisation. On
-    a CPU, where asking is free, each level gets only its own boxes (`compact`).
+    Attributes:
+        table: (sum of B * H_l * W_l, C), level by level, image by image, row by row.
+        first: (L,) row at which each level starts.
+        height, width: (L,) cells of each level.
+    """
+
+    table: Tensor
+    first: Tensor
+    height: Tensor
+    width: Tensor
+
+    @classmethod
+    def from_maps(cls, maps: Sequence[Tensor]) -> FlatPyramid:
+        """From one (B, C, H_l, W_l) map a level."""
+        rows = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]
+        device = maps[0].device
+        count = torch.tensor([0, *(len(x) for x in rows[:-1])], device=device)
+        height, width = (torch.tensor([x.shape[i] for x in maps], device=device) for i in (2, 3))
+        return cls(torch.cat(rows), count.cumsum(0), height, width)
+
+
+class PyramidRoIAlign(nn.Module):
+    """Batched RoIAlign with the numbers of Detectron2's `ROIPooler`, without its loop that asks the
+    device, level by level, which boxes belong there (24 stalls of a GPU in six stages).
+
+    Two methods, both with static shapes and without synchronisation:
+
+    - "kernel" (on a GPU): torchvision's kernel sees all boxes on every level. Those of other levels
+      are moved out of the map, where the kernel returns zero at once, and the levels are summed.
+    - "gather" (on a CPU): a pooled value is a weighted sum of a few cells, so pooling is a lookup
+      of weighted rows in one table of all levels. Its inner loops run along the channels, where
+      those of the CPU kernel run across them: several times faster, backwards above all.
     """
 
     def __init__(
@@ -39,23 +69,27 @@ class PyramidRoIAlign(nn.Module):
     ) -> None:
         """
         Args:
-            strides: pixels a cell of each level, ascending powers of two.
+            strides: pixels a cell of each level, consecutive powers of two.
             output_size: P.
             sampling_ratio: samples a bin and direction.
             aligned: half-pixel correction (RoIAlign V2); False gives the legacy alignment.
             level_eps: added inside the logarithm of the level rule.
 
         Raises:
-            ValueError: strides are not consecutive powers of two.
+            ValueError: wrong strides, or an adaptive sampling ratio.
         """
         super().__init__()
         levels = [int(math.log2(s)) for s in strides]
-        if [2**x for x in levels] != list(strides) or levels != list(
-            range(levels[0], levels[0] + len(levels))
-        ):
+        consecutive = list(range(levels[0], levels[0] + len(levels)))
+        if [2**x for x in levels] != list(strides) or levels != consecutive:
             raise ValueError(
                 "RoIAlign needs feature strides that double from level to level, got "
                 f"{list(strides)}; check MODEL.ROI_HEADS.IN_FEATURES"
+            )
+        if sampling_ratio < 1:
+            raise ValueError(
+                f"MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO is {sampling_ratio}; it must be at "
+                "least 1: an adaptive number of samples has no static shape"
             )
         self.strides = tuple(strides)
         self.min_level, self.max_level = levels[0], levels[-1]
@@ -71,55 +105,97 @@ class PyramidRoIAlign(nn.Module):
         level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE + self.level_eps))
         return level.clamp(self.min_level, self.max_level).long() - self.min_level
 
-    def forward(
-        self, features: Sequence[Tensor], boxes_xyxy: Tensor, compact: bool | None = None
-    ) -> Tensor:
-        """
+    def prepare(
+        self, features: Sequence[Tensor], method: str | None = None
+    ) -> list[Tensor] | FlatPyramid:
+        """What all calls on the same features have in common; pass the result to `forward`.
+
         Args:
             features: one (B, C, H_l, W_l) map a level.
+            method: "kernel", "gather", or None: by device.
+        """
+        # RoIAlign works in at least float32; converted once, however many stages read it.
+        maps = [at_least_float32(x) for x in features]
+        method = method or ("gather" if maps[0].device.type == "cpu" else "kernel")
+        return maps if method == "kernel" else FlatPyramid.from_maps(maps)
+
+    def forward(self, features: Sequence[Tensor] | FlatPyramid, boxes_xyxy: Tensor) -> Tensor:
+        """
+        Args:
+            features: one (B, C, H_l, W_l) map a level, or what `prepare` made of them.
             boxes_xyxy: (B, N, 4) in pixels, not clipped to the image. No gradient flows to them.
-            compact: give each level only its own boxes. Default: on CPU outside of compilation.
 
         Returns:
             (R, C, P, P) in at least float32, images one after the other.
         """
-        batch, count = boxes_xyxy.shape[:2]
-        dtype = at_least_float32(features[0]).dtype
-        image = torch.arange(batch, device=boxes_xyxy.device).repeat_interleave(count)
+        pyramid = features if isinstance(features, FlatPyramid) else self.prepare(features)
         # Boxes are rounded to float32 whatever the features, as Detectron2's `Boxes` does.
-        boxes = boxes_xyxy.detach().float().reshape(-1, 4)
-        level = self.assign_levels(boxes)
-        rois = torch.cat((image[:, None].to(dtype), boxes.to(dtype)), dim=1)  # (R, 5)
-        if compact is None:
-            compact = rois.device.type == "cpu" and not torch.compiler.is_compiling()
-        pool = self._pool_compact if compact else self._pool_static
-        return pool([x.to(dtype) for x in features], rois, level)
+        boxes = boxes_xyxy.detach().float()
+        batch, count = boxes.shape[:2]
+        image = torch.arange(batch, device=boxes.device).repeat_interleave(count)
+        boxes, level = boxes.flatten(0, 1), self.assign_levels(boxes).flatten()
+        if isinstance(pyramid, FlatPyramid):
+            return self._gather(pyramid, boxes.to(pyramid.table.dtype), level, image)
+        return self._kernel(pyramid, boxes.to(pyramid[0].dtype), level, image)
 
-    def _align(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
-        return roi_align(
-            features,
-            rois,
-            output_size=self.output_size,
-            spatial_scale=1.0 / stride,
-            sampling_ratio=self.sampling_ratio,
-            aligned=self.aligned,
-        )
-
-    def _pool_compact(self, features: list[Tensor], rois: Tensor, level: Tensor) -> Tensor:
-        pooled = features[0].new_zeros(
-            len(rois), features[0].shape[1], self.output_size, self.output_size
-        )
-        for i, (x, stride) in enumerate(zip(features, self.strides, strict=True)):
-            # Also without boxes: every level stays in the graph, as distributed training needs.
-            chosen = (level == i).nonzero(as_tuple=True)[0]
-            pooled = pooled.index_copy(0, chosen, self._align(x, rois[chosen], stride))
-        return pooled
-
-    def _pool_static(self, features: list[Tensor], rois: Tensor, level: Tensor) -> Tensor:
+    def _kernel(self, maps: list[Tensor], boxes: Tensor, level: Tensor, image: Tensor) -> Tensor:
+        rois = torch.cat((image[:, None].to(boxes.dtype), boxes), dim=1)  # (R, 5)
         # A box beyond the map samples zeros only: the kernel leaves before it reads anything.
-        outside = torch.cat((rois[:, :1], rois.new_full((len(rois), 4), -1e6)), dim=1)
-        pooled = None
-        for i, (x, stride) in enumerate(zip(features, self.strides, strict=True)):
-            part = self._align(x, torch.where((level == i)[:, None], rois, outside), stride)
-            pooled = part if pooled is None else pooled + part
-        return pooled
+        outside = torch.cat((rois[:, :1], torch.full_like(boxes, -1e6)), dim=1)
+        return sum(
+            roi_align(
+                x,
+                torch.where((level == i)[:, None], rois, outside),
+                output_size=self.output_size,
+                spatial_scale=1.0 / stride,
+                sampling_ratio=self.sampling_ratio,
+                aligned=self.aligned,
+            )
+            for i, (x, stride) in enumerate(zip(maps, self.strides, strict=True))
+        )
+
+    def _gather(self, pyramid: FlatPyramid, boxes: Tensor, level: Tensor, image: Tensor) -> Tensor:
+        height, width = pyramid.height[level], pyramid.width[level]
+        scaled = boxes / boxes.new_tensor(self.strides)[level, None]
+        rows, row_weights = self._taps(scaled[:, 1], scaled[:, 3], height)  # (R, P, T)
+        columns, column_weights = self._taps(scaled[:, 0], scaled[:, 2], width)
+        corner = pyramid.first[level] + image * height * width
+        rows = corner[:, None, None] + rows * width[:, None, None]
+        index = rows[:, :, None, :, None] + columns[:, None, :, None, :]  # (R, P, P, T, T)
+        weights = row_weights[:, :, None, :, None] * column_weights[:, None, :, None, :]
+        pooled = F.embedding_bag(
+            index.flatten(3).flatten(0, 2),
+            pyramid.table,
+            per_sample_weights=weights.flatten(3).flatten(0, 2),
+            mode="sum",
+        )  # (R * P * P, C)
+        side = self.output_size
+        return pooled.view(len(boxes), side, side, -1).permute(0, 3, 1, 2)
+
+    def _taps(self, low: Tensor, high: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Cells that the bins of an axis read, and their shares: each (R, P, T), T = 2 a sample.
+
+        Args:
+            low, high: (R,) ends of the boxes in cells.
+            cells: (R,) length of the axis.
+        """
+        if self.aligned:
+            low, high = low - 0.5, high - 0.5
+        extent = high - low if self.aligned else (high - low).clamp(min=1)
+        bins, samples = self.output_size, self.sampling_ratio
+        step = (extent / bins)[:, None]
+        bin_, sample = (
+            torch.arange(n, dtype=low.dtype, device=low.device) for n in (bins, samples)
+        )
+        # In the kernel's order of operations, so that rounding agrees with it: (R, P, samples).
+        start = (low[:, None] + bin_ * step)[..., None]
+        at = (start + ((sample + 0.5) * step / samples)[:, None]).flatten(1)
+        # Samples more than a cell beyond the map are zero, nearer ones read its border.
+        inside = (at >= -1) & (at <= cells[:, None])
+        last = (cells[:, None] - 1).to(at.dtype)
+        at = torch.minimum(at.clamp(min=0), last).nan_to_num(0)
+        below = at.floor()
+        above, share = torch.minimum(below + 1, last), at - below
+        index = torch.stack((below, above), dim=-1).long()
+        weight = torch.stack((1 - share, share), dim=-1) * inside[..., None] / samples
+        return (x.unflatten(1, (bins, samples)).flatten(2) for x in (index, weight))
