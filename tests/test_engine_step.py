@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_shared_parameters_are_updated_once():
 
 def test_optimizer_choices(tmp_path):
     model = nn.Linear(2, 2)
+    assert build_optimizer(tiny_cfg(tmp_path), model).defaults["fused"]
     sgd = build_optimizer(tiny_cfg(tmp_path, SOLVER__OPTIMIZER="SGD"), model)
     assert sgd.param_groups[0]["momentum"] == 0.9
     with pytest.raises(ValueError, match=r"SOLVER\.OPTIMIZER is 'LION'; choose one of: 'ADAMW'"):
@@ -159,6 +161,35 @@ def test_bfloat16_trains_and_keeps_boxes_and_losses_in_float32(tmp_path):
     assert {v.dtype for v in found.values()} == {torch.float32}
 
 
+class Line(nn.Module):
+    """One weight; its loss is the input times it, so the gradient is the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch):
+        return {"loss_line": (self.weight * batch[0]["slope"]).sum()}
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="needs a scaler for the CPU")
+def test_gradients_are_unscaled_before_they_are_clipped(tmp_path):
+    clip = build_clipper(tiny_cfg(tmp_path))  # norm at most 1
+    model = Line()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0), clip=clip)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    logged = step([{"slope": 0.5}])
+    assert (model.weight.item(), logged["grad_norm"].item()) == (-0.5, 0.5)
+    logged = step([{"slope": 4.0}])
+    assert model.weight.item() == pytest.approx(-1.5, abs=1e-5)
+    assert logged["grad_norm"].item() == 4.0
+
+    before, scale = model.weight.item(), step.grad_scaler.get_scale()
+    logged = step([{"slope": 1e37}])  # overflows once scaled: skipped, and scaled less from now on
+    assert model.weight.item() == before
+    assert step.grad_scaler.get_scale() == scale / 2
+
+
 def test_float16_needs_cuda(tmp_path):
     register_tiny_shapes()
     with pytest.raises(ValueError, match=r"SOLVER\.AMP\.DTYPE is 'float16'.*use 'bfloat16'"):
@@ -219,15 +250,16 @@ def test_compiled_model_gives_the_same_numbers(tmp_path, request):
 
 
 class Infect(HookBase):
-    """Spoils a weight before one iteration."""
+    """Spoils the predictions of one iteration."""
 
     def __init__(self, iteration: int) -> None:
         self.iteration = iteration
 
     def before_step(self) -> None:
         if self.trainer.iter == self.iteration:
-            with torch.no_grad():
-                next(self.trainer.model.roi_heads.parameters()).fill_(float("nan"))
+            self.trainer.model.roi_heads.register_forward_hook(
+                lambda module, args, output: replace(output, logits=output.logits * math.nan)
+            )
 
 
 def test_divergence_stops_with_iteration_rate_and_images(tmp_path):
