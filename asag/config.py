@@ -17,6 +17,7 @@ def add_asag_config(cfg: CN) -> None:
     _add_input(cfg)
     _add_model(cfg)
     _add_decoder(cfg)
+    _add_transformer(cfg)
     _add_matching(cfg)
     _add_solver(cfg)
     _add_test(cfg)
@@ -191,18 +192,43 @@ def _add_decoder(cfg: CN) -> None:
     d.PRIOR_PROB = 0.01
 
 
+def _add_transformer(cfg: CN) -> None:
+    """DETR and its relatives. Encoder and decoder share width, heads and rates of MODEL.DECODER."""
+    # Keep padding at zero throughout a ResNet, so that images get the same features in a batch as
+    # by themselves; otherwise it bleeds in at the borders, as in the authors' code.
+    cfg.MODEL.EXACT_PADDING = False
+    cfg.MODEL.ENCODER = CN()
+    # The backbone's feature map that the encoder reads, and the number of its layers.
+    cfg.MODEL.ENCODER.IN_FEATURE = "res5"
+    cfg.MODEL.ENCODER.NUM_LAYERS = 6
+    # Reference point of each object query, from which box centres are offsets: "predicted" from the
+    # query, "learned" as a parameter, "origin" (the middle of the image) or "none" (no offsets).
+    cfg.MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS = "none"
+    d = cfg.MODEL.DECODER
+    # Norms in front of the sublayers of encoder and decoder instead of behind.
+    d.PRE_NORM = False
+    # Spatial query p_q of conditional cross-attention: "csq" = T(f) p_s, and the paper's ablations
+    # "csq_c" = f, "csq_t" = T(f), "csq_p" = p_s, "csq_i" = T(c_q) p_s.
+    d.SPATIAL_QUERY = "csq"
+    # Form of the transformation T: "diagonal", "single", "block", "full" or "identity".
+    d.SPATIAL_PROJECTION = "diagonal"
+
+
 def _add_matching(cfg: CN) -> None:
     cfg.MODEL.MATCHER = CN()
     m = cfg.MODEL.MATCHER
-    # "HungarianMatcher": one query an object.
+    # "HungarianMatcher": one query an object. "OptimalTransportMatcher": as many as its predictions
+    # deserve, see OT below.
     m.NAME = "HungarianMatcher"
     # Weights of the matching cost: class, L1 of normalised boxes, negative GIoU.
     m.CLASS_COST = 2.0
     m.L1_COST = 5.0
     m.GIOU_COST = 2.0
+    _add_optimal_transport(m)
 
     cfg.MODEL.CRITERION = CN()
     c = cfg.MODEL.CRITERION
+    # "SetCriterion", or "QueryWeightingCriterion": matched queries count by how good they are.
     c.NAME = "SetCriterion"
     # "focal" (sigmoid) or "softmax" (cross entropy with a background column); also the kind of
     # cost.
@@ -218,10 +244,49 @@ def _add_matching(cfg: CN) -> None:
     c.FOCAL_GAMMA = 2.0
     # Weight of background in the cross entropy.
     c.NO_OBJECT_WEIGHT = 0.1
+    # Factor of the matching cost, and in the "QueryWeightingCriterion" of the loss, of an object that
+    # covers nothing of the image, falling linearly with the root of its share to 1; 1 is off.
+    c.AREA_WEIGHT = 1.0
+    # "QueryWeightingCriterion": exponents of score and IoU in the weights of matched queries (gamma1
+    # and gamma2 of ASAG).
+    c.SCORE_EXPONENT = 0.4
+    c.IOU_EXPONENT = 0.6
     # Sums are divided by the number of "objects", or of "positives" of each stage.
     c.NORMALISER = "objects"
     # A loss for every stage, or for the last one only.
     c.DEEP_SUPERVISION = True
+
+
+def _add_optimal_transport(matcher: CN) -> None:
+    matcher.OT = CN()
+    ot = matcher.OT
+    # Dynamic k: an object gets as many units as its best Q predictions' IoUs sum up to.
+    ot.Q = 8
+    # The same number of units for every object instead; 0 is dynamic k.
+    ot.FIXED_K = 0
+    # Units grow from stage to stage: k* = k - UNIT_STEP * (T - t) (Eq. 2), and how that becomes a
+    # whole number: "floor", "round", or "none" to take the equation to the letter.
+    ot.UNIT_INCREASE = True
+    ot.UNIT_STEP = 0.5
+    ot.UNIT_ROUNDING = "floor"
+    # Largest share of the predictions that may be positive, above 0 and at most 1.
+    ot.CAP = 0.8
+    # Weight alpha of the regression cost, and the terms it is made of: "l1", "giou".
+    ot.ALPHA = 1.0
+    ot.REG_COST = ("l1", "giou")
+    # "exact" (assignment with repeated rows), "sinkhorn" (never waits for the device), or "auto":
+    # exact on a CPU, sinkhorn on a GPU.
+    ot.SOLVER = "auto"
+    # Sinkhorn: entropy weight of the first and the last iteration (in units of cost), bound on the
+    # iterations, and over-relaxation, 1 to 1.7. OTA's plain form is 0.1, 0.1, 50, 1.
+    ot.EPS_START = 1.0
+    ot.EPS = 0.001
+    ot.ITERS = 60
+    ot.RELAXATION = 1.5
+    # Divide each row of the plan by its maximum before a prediction takes its best row, as OTA does.
+    ot.ROW_RESCALE = False
+    # Bound on the rounds that repair what the iterations left inexact; 0 takes the plan as it is.
+    ot.REPAIR_ROUNDS = 8
 
 
 def _add_solver(cfg: CN) -> None:

@@ -72,15 +72,37 @@ class Queries:
         content: (B, N, C) what the query knows.
         valid: (B, N) bool, False on padding.
         boxes_xyxy: (B, N, 4) float32, where it looks; None for detectors without boxes.
-        position: (B, N, C) position embedding; None where boxes say it all.
+        position: (B, N, C) position embedding, (1, N, C) if all images share it; None where boxes
+            say it all.
+        points_xy: (B or 1, N, 2) float32 reference points in shares of the image size, 0 to 1; None
+            for detectors without.
         all_valid: known on the host that nothing is padded, so that attention needs no mask.
+        attend: (B, N, N) bool, which queries (columns) each query (row) may attend to, where the
+            rule is finer than `valid`; None where it is not.
+        proposal_logits, proposal_boxes_xyxy: (B, N, K) and (B, N, 4), with gradient, what a
+            generator already says of class and box; supervised like a stage. None for generators
+            that only propose.
+        noised: (B, D) int64, the ground truth of which each of the first D queries is a noised
+            copy, -1 for those that are padding; None without denoising.
     """
 
     content: Tensor
     valid: Tensor
     boxes_xyxy: Tensor | None = None
     position: Tensor | None = None
+    points_xy: Tensor | None = None
     all_valid: bool = False
+    attend: Tensor | None = None
+    proposal_logits: Tensor | None = None
+    proposal_boxes_xyxy: Tensor | None = None
+    noised: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor | None:
+        """What attention asks for: None, or (B, N) or (B, N, N) bool."""
+        if self.attend is not None:
+            return self.attend
+        return None if self.all_valid else self.valid
 
 
 @dataclass
@@ -91,11 +113,35 @@ class Predictions:
         logits: (S, B, N, K) class logits, K + 1 columns (background last) in softmax mode.
         boxes_xyxy: (S, B, N, 4) float32.
         valid: (B, N) bool.
+        noised: what the stages say of noised ground truths, which takes no part in matching; None
+            without denoising.
     """
 
     logits: Tensor
     boxes_xyxy: Tensor
     valid: Tensor
+    noised: NoisedPredictions | None = None
+
+    @classmethod
+    def from_stages(
+        cls, queries: Queries, logits: Sequence[Tensor], boxes_xyxy: Sequence[Tensor]
+    ) -> Predictions:
+        """Stacks the stages' (B, N, K) and (B, N, 4), what the generator says first, and sets noised
+        queries apart."""
+        logits, boxes_xyxy = list(logits), list(boxes_xyxy)
+        if queries.proposal_logits is not None:
+            logits.insert(0, queries.proposal_logits)
+            boxes_xyxy.insert(0, queries.proposal_boxes_xyxy)
+        stacked = cls(torch.stack(logits), torch.stack(boxes_xyxy), queries.valid)
+        if queries.noised is None:
+            return stacked
+        count = queries.noised.shape[1]
+        result, noised = (
+            cls(stacked.logits[:, :, part], stacked.boxes_xyxy[:, :, part], stacked.valid[:, part])
+            for part in (slice(count, None), slice(None, count))
+        )
+        result.noised = NoisedPredictions(noised, queries.noised)
+        return result
 
     @property
     def num_stages(self) -> int:
@@ -103,7 +149,23 @@ class Predictions:
 
     def last(self) -> Predictions:
         """The final stage alone, still with a stage dimension of size one."""
-        return Predictions(self.logits[-1:], self.boxes_xyxy[-1:], self.valid)
+        noised = self.noised
+        if noised is not None:
+            noised = NoisedPredictions(noised.predictions.last(), noised.truth)
+        return Predictions(self.logits[-1:], self.boxes_xyxy[-1:], self.valid, noised)
+
+
+@dataclass
+class NoisedPredictions:
+    """What the stages say of noised ground truths.
+
+    Attributes:
+        predictions: (S, B, D, ...), padding is not valid.
+        truth: (B, D) int64, the ground truth that each answers for, -1 on padding.
+    """
+
+    predictions: Predictions
+    truth: Tensor
 
 
 @dataclass

@@ -1,13 +1,16 @@
 """Models; importing this package registers all of them."""
 
-from . import backbone, heads, proposals
-from .meta_arch import IoUEnhancedSparseRCNN, SparseDetector, SparseRCNN
+from . import backbone, heads, neck, proposals
+from .meta_arch import DETR, ConditionalDETR, IoUEnhancedSparseRCNN, SparseDetector, SparseRCNN
 
 __all__ = [
+    "DETR",
+    "ConditionalDETR",
     "IoUEnhancedSparseRCNN",
     "SparseDetector",
     "SparseRCNN",
     "backbone",
     "heads",
+    "neck",
     "proposals",
 ]

@@ -6,6 +6,7 @@ paper made; `SparseDetector` itself combines any rooms that fit.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,7 @@ from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..structures import ImageSizes, Predictions, Queries, Targets
+from .backbone import ZeroPadding
 from .criterion import build_criterion
 from .matching import build_matcher
 from .neck import build_neck
@@ -52,6 +54,7 @@ class SparseDetector(nn.Module):
         top_k: int = 100,
         nms_threshold: float = 0.0,
         softmax: bool = False,
+        exact_padding: bool = False,
         channels_last: bool = False,
         compile: bool = False,
     ) -> None:
@@ -68,6 +71,7 @@ class SparseDetector(nn.Module):
             top_k: detections an image.
             nms_threshold: class-wise NMS on the detections; 0 is off.
             softmax: the class logits end with a background column.
+            exact_padding: keep padding at zero throughout the backbone, a residual network.
             channels_last: run the backbone in the NHWC memory format.
             compile: run backbone and stages through `torch.compile`.
         """
@@ -85,12 +89,13 @@ class SparseDetector(nn.Module):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.zero_padding = ZeroPadding(backbone) if exact_padding else None
         if channels_last:
             self.backbone.to(memory_format=torch.channels_last)
         if compile:
             # In place: parameter names stay as they are.
             self.backbone.compile()
-            for stage in self.roi_heads.stages:
+            for stage in (*getattr(self.neck, "layers", ()), *self.roi_heads.stages):
                 stage.compile()
 
     @classmethod
@@ -122,6 +127,7 @@ class SparseDetector(nn.Module):
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms_threshold": model.NMS_THRESH_TEST,
             "softmax": model.CRITERION.CLASS_LOSS == "softmax",
+            "exact_padding": model.EXACT_PADDING,
             "channels_last": model.CHANNELS_LAST,
             "compile": model.COMPILE,
         }
@@ -182,7 +188,8 @@ class SparseDetector(nn.Module):
     ) -> tuple[Predictions, dict[str, Tensor]]:
         """Predictions of every stage for normalised images (B, 3, H, W), and the proposal
         generator's own losses."""
-        features: dict[str, Tensor] = self.backbone(images)
+        with self.zero_padding(sizes) if self.zero_padding else nullcontext():
+            features: dict[str, Tensor] = self.backbone(images)
         if self.neck is not None:
             features = self.neck(features, sizes)
         queries: Queries
@@ -260,5 +267,37 @@ class IoUEnhancedSparseRCNN(SparseDetector):
         "MODEL.DECODER.SELF_ATTENTION": ("iou_esa",),
         "MODEL.DECODER.DCW": (True,),
         "MODEL.DECODER.DISENTANGLE": ("none",),
+        "MODEL.MATCHER.NAME": ("HungarianMatcher",),
+    }
+
+
+@META_ARCH_REGISTRY.register()
+class DETR(SparseDetector):
+    """Transformer encoder and decoder on one feature map, learned object queries (Carion et al.,
+    ECCV 2020)."""
+
+    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+        "MODEL.NECK.NAME": ("TransformerEncoder",),
+        "MODEL.PROPOSAL_GENERATOR.NAME": ("ObjectQueries",),
+        "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS": ("none",),
+        "MODEL.ROI_HEADS.NAME": ("DETRHeads",),
+        "MODEL.DECODER.SELF_ATTENTION": ("msa",),
+        "MODEL.DECODER.DCW": (False,),
+        "MODEL.MATCHER.NAME": ("HungarianMatcher",),
+    }
+
+
+@META_ARCH_REGISTRY.register()
+class ConditionalDETR(SparseDetector):
+    """DETR whose cross-attention keeps content and position apart, and forms the spatial query from
+    a reference point and what the stage before found out (Meng et al., ICCV 2021)."""
+
+    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+        "MODEL.NECK.NAME": ("TransformerEncoder",),
+        "MODEL.PROPOSAL_GENERATOR.NAME": ("ObjectQueries",),
+        "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS": ("predicted", "learned", "origin"),
+        "MODEL.ROI_HEADS.NAME": ("ConditionalDETRHeads",),
+        "MODEL.DECODER.SELF_ATTENTION": ("msa",),
+        "MODEL.DECODER.DCW": (False,),
         "MODEL.MATCHER.NAME": ("HungarianMatcher",),
     }

@@ -1,10 +1,14 @@
 """Backbones that Detectron2 lacks."""
 
+from .dc5 import build_dc5_resnet_backbone
 from .slim_resnet import build_slim_resnet, build_slim_resnet_fpn_backbone
 from .swin import Swin, build_swin_fpn_backbone
+from .zero_padding import ZeroPadding
 
 __all__ = [
     "Swin",
+    "ZeroPadding",
+    "build_dc5_resnet_backbone",
     "build_slim_resnet",
     "build_slim_resnet_fpn_backbone",
     "build_swin_fpn_backbone",

@@ -15,6 +15,7 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from ..registry import check_choice
 
 
+@BACKBONE_REGISTRY.register()
 def build_slim_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """ResNet of basic blocks with `MODEL.SLIM_RESNET` blocks and widths, outputs res2 to res5."""
     slim = cfg.MODEL.SLIM_RESNET

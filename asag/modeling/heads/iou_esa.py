@@ -77,9 +77,12 @@ class IoUEnhancedSelfAttention(SelfAttention):
         self.out_proj.reset_parameters()
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, boxes_xyxy: Tensor, valid: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, boxes_xyxy: Tensor | None, valid: Tensor | None
     ) -> Tensor:
-        """Mixes values (B, H, N, D) by Eq. 3."""
+        """Mixes values (B, H, N, D) by Eq. 3; with I = 1 where there are no boxes yet (supplement,
+        DETR)."""
+        if boxes_xyxy is None:
+            return super().mix(q, k, v, boxes_xyxy, valid)
         prior = iou_prior(boxes_xyxy, valid)
         # Only the first stage's boxes are learned; those of later stages arrive detached.
         mix = self.mix_with_gradient if prior.requires_grad else self.mix_fused

@@ -36,7 +36,13 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, query: Tensor, boxes_xyxy: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        boxes_xyxy: Tensor | None,
+        valid: Tensor | None,
+        position: Tensor | None = None,
+    ) -> Tensor:
         """
         Args:
             query: (B, N, C).
@@ -44,30 +50,59 @@ class SelfAttention(nn.Module):
                 them.
             valid: (B, N) bool, or None where every query is real. Padded queries are never
                 attended.
+            position: (B or 1, N, C) embedding that queries and keys see and values do not, if any.
 
         Returns:
             (B, N, C); rows of padded queries hold finite but meaningless values.
         """
-        q, k, v = self.project(query)
+        q, k, v = self.project(query, position)
         mixed = self.mix(q, k, v, boxes_xyxy, valid)
         return self.out_proj(mixed.transpose(1, 2).reshape(query.shape))
 
-    def project(self, query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(
+        self, query: Tensor, position: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, (B, N, C) -> three of (B, H, N, D)."""
-        packed = self.in_proj(query).view(*query.shape[:2], 3, self.num_heads, -1)
-        q, k, v = packed.permute(2, 0, 3, 1, 4)
-        return q, k, v
+        if position is None:
+            packed = self.in_proj(query).view(*query.shape[:2], 3, self.num_heads, -1)
+            q, k, v = packed.permute(2, 0, 3, 1, 4)
+            return q, k, v
+        dim = query.shape[-1]
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        q, k = F.linear(query + position, weight[: 2 * dim], bias[: 2 * dim]).chunk(2, dim=-1)
+        v = F.linear(query, weight[2 * dim :], bias[2 * dim :])
+        return tuple(split_heads(x, self.num_heads) for x in (q, k, v))
 
     def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, boxes_xyxy: Tensor, valid: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, boxes_xyxy: Tensor | None, valid: Tensor | None
     ) -> Tensor:
         """Mixes values (B, H, N, D) by softmax(q k^T / sqrt(D))."""
-        mask = None if valid is None else attendable(valid)
+        mask = None if valid is None else self.mask(valid)
         dropout = self.dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
+    def mask(self, valid: Tensor) -> Tensor:
+        """Who may attend to whom, broadcast to (B, H, N, N)."""
+        return attendable(valid)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, H * D) -> (B, H, N, D), without a copy."""
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, H * D)."""
+    return x.transpose(1, 2).flatten(2)
+
 
 def attendable(valid: Tensor) -> Tensor:
-    """(B, 1, N, N) bool: keys that are real, plus the diagonal so that no row is fully blocked."""
+    """(B, 1, N, N) bool: keys that are real, plus the diagonal so that no row is fully blocked.
+
+    Args:
+        valid: (B, N) bool which keys are real, or (B, N, N) bool which keys (columns) each query
+            (row) may attend to.
+    """
     diagonal = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
-    return (valid[:, None, :] | diagonal)[:, None]
+    keys = valid if valid.dim() == 3 else valid[:, None]
+    return (keys | diagonal)[:, None]

@@ -22,10 +22,17 @@ def make_activation(name: str) -> nn.Module:
 
 
 class FeedForward(nn.Module):
-    """Residual two-layer network with a norm behind: LN(x + W2 act(W1 x)), (..., C) -> (..., C)."""
+    """Residual two-layer network, (..., C) -> (..., C): LN(x + W2 act(W1 x)), or
+    x + W2 act(W1 LN(x)) with `pre_norm`."""
 
     def __init__(
-        self, *, dim: int, hidden_dim: int, activation: str = "relu", dropout: float = 0.0
+        self,
+        *,
+        dim: int,
+        hidden_dim: int,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        pre_norm: bool = False,
     ) -> None:
         super().__init__()
         self.linear1 = nn.Linear(dim, hidden_dim)
@@ -34,10 +41,24 @@ class FeedForward(nn.Module):
         self.linear2 = nn.Linear(hidden_dim, dim)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
+        self.pre_norm = pre_norm
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.linear2(self.inner_dropout(self.activation(self.linear1(x))))
-        return self.norm(x + self.dropout(inner))
+        if self.pre_norm:
+            return x + self._inner(self.norm(x))
+        return self.norm(x + self._inner(x))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        hidden = self.inner_dropout(self.activation(self.linear1(x)))
+        return self.dropout(self.linear2(hidden))
+
+
+def make_mlp(dim: int, out_dim: int, depth: int) -> nn.Sequential:
+    """`depth` linear layers with ReLU between them, inner width `dim`."""
+    layers: list[nn.Module] = []
+    for _ in range(depth - 1):
+        layers += [nn.Linear(dim, dim), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(dim, out_dim))
 
 
 def make_tower(dim: int, depth: int, activation: str = "relu") -> nn.Sequential:

@@ -2,5 +2,6 @@
 
 from .dynamic import DynamicProposals
 from .learned import LearnedProposals
+from .object_queries import ObjectQueries
 
-__all__ = ["DynamicProposals", "LearnedProposals"]
+__all__ = ["DynamicProposals", "LearnedProposals", "ObjectQueries"]
