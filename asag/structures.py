@@ -126,8 +126,8 @@ class Predictions:
     def from_stages(
         cls, queries: Queries, logits: Sequence[Tensor], boxes_xyxy: Sequence[Tensor]
     ) -> Predictions:
-        """Stacks the stages' (B, N, K) and (B, N, 4), what the generator says first, and sets noised
-        queries apart."""
+        """Stacks the stages' (B, N, K) and (B, N, 4), what the generator says first, and sets
+        noised queries apart."""
         logits, boxes_xyxy = list(logits), list(boxes_xyxy)
         if queries.proposal_logits is not None:
             logits.insert(0, queries.proposal_logits)

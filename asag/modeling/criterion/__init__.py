@@ -1,6 +1,7 @@
 """Criteria: how wrong the predictions are."""
 
 from .build import CRITERION_REGISTRY, build_criterion
+from .query_weighting import QueryWeightingCriterion
 from .set_criterion import SetCriterion
 
-__all__ = ["CRITERION_REGISTRY", "SetCriterion", "build_criterion"]
+__all__ = ["CRITERION_REGISTRY", "QueryWeightingCriterion", "SetCriterion", "build_criterion"]

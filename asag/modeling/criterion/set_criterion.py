@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
-from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ...structures import Predictions, Targets
 from ..layers.boxes import at_least_float32, box_giou, xyxy_to_cxcywh
+from ..layers.loss_weights import mean_over_workers
 from ..registry import check_choice
 from .build import CRITERION_REGISTRY
 
@@ -95,18 +95,58 @@ class SetCriterion(nn.Module):
         """
         if not self.deep_supervision:
             predictions, assignment = predictions.last(), assignment[-1:]
+        losses = self.stage_losses(predictions, targets, assignment, "loss_")
+        if predictions.noised is not None:
+            noised, truth = predictions.noised.predictions, predictions.noised.truth
+            truth = truth.expand(noised.num_stages, -1, -1)
+            # Divided by all slots, used or not, as in the authors' code of ASAG.
+            slots = noised.logits.new_full((noised.num_stages,), max(noised.valid.numel(), 1))
+            losses |= self.stage_losses(noised, targets, truth, "loss_dn_", at_least_float32(slots))
+        return losses
+
+    def stage_losses(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        assignment: Tensor,
+        prefix: str,
+        norm: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Weighted losses of each stage, named `prefix` + term + stage; `norm` (S,) divides the
+        sums."""
         matched = (assignment >= 0) & predictions.valid  # (S, B, N)
         index = assignment.clamp(min=0)
-        norm = self._normaliser(matched, targets)  # (S,)
-        labels = gather_targets(targets.labels, index)  # (S, B, N)
-        terms = {"ce": self.classification(predictions, labels, matched, norm)}
-        terms["bbox"], terms["giou"] = self.boxes(predictions, targets, index, matched, norm)
+        if norm is None:
+            norm = self._normaliser(matched, targets)  # (S,)
+        terms = self.terms(predictions, targets, index, matched, norm)
         last = predictions.num_stages - 1
         return {
-            f"loss_{name}" + (f"_{s}" if s < last else ""): self.weights[name] * values[s]
+            f"{prefix}{name}" + (f"_{s}" if s < last else ""): self.weights[name] * values[s]
             for name, values in terms.items()
             for s in range(last + 1)
         }
+
+    def terms(
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        index: Tensor,
+        matched: Tensor,
+        norm: Tensor,
+    ) -> dict[str, Tensor]:
+        """Unweighted terms, each (S,).
+
+        Args:
+            predictions: of all stages.
+            targets: padded ground truth.
+            index: (S, B, N) int64 ground truth of each prediction, anything where not matched.
+            matched: (S, B, N) bool.
+            norm: (S,) divisor.
+        """
+        labels = gather_targets(targets.labels, index)  # (S, B, N)
+        l1, giou = self.boxes(predictions, targets, index, matched, norm)
+        ce = self.classification(predictions, labels, matched, norm)
+        return {"ce": ce, "bbox": l1, "giou": giou}
 
     def classification(
         self, predictions: Predictions, labels: Tensor, matched: Tensor, norm: Tensor
@@ -154,10 +194,7 @@ class SetCriterion(nn.Module):
             count = matched.sum(dim=(1, 2)).to(targets.boxes_xyxy.dtype)
         else:
             count = targets.valid.sum().to(targets.boxes_xyxy.dtype).expand(len(matched)).clone()
-        if comm.get_world_size() > 1:
-            torch.distributed.all_reduce(count)
-            count = count / comm.get_world_size()
-        return count.clamp(min=1)
+        return mean_over_workers(count)
 
 
 def gather_targets(values: Tensor, index: Tensor) -> Tensor:

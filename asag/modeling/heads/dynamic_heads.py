@@ -105,7 +105,7 @@ class DynamicConvHeads(nn.Module):
         """
         pyramid = self.pooler.prepare([features[f] for f in self.in_features])
         content, boxes = queries.content, queries.boxes_xyxy
-        valid = None if queries.all_valid else queries.valid
+        valid = queries.mask
         logits, refined = [], []
         for stage in self.stages:
             roi_features = self.pooler(pyramid, boxes)  # (B * N, C, P, P)
@@ -114,4 +114,4 @@ class DynamicConvHeads(nn.Module):
             logits.append(stage_logits)
             refined.append(stage_boxes)
             boxes = stage_boxes.detach()
-        return Predictions(torch.stack(logits), torch.stack(refined), queries.valid)
+        return Predictions.from_stages(queries, logits, refined)

@@ -14,7 +14,8 @@ from detectron2.config import CfgNode
 from torch import Tensor
 
 from ...structures import Predictions, Targets
-from ..layers.boxes import at_least_float32, box_giou, xyxy_to_cxcywh
+from ..layers.boxes import at_least_float32, box_area, box_giou, xyxy_to_cxcywh
+from ..layers.loss_weights import weigh_area
 from ..registry import check_choice
 
 EPS = 1e-8  # inside the logarithms of the focal cost, as in the authors' implementations
@@ -39,6 +40,8 @@ class MatchingCost:
         class_cost: "focal" (sigmoid, one column a class) or "softmax" (negative probability).
         box_format: format in which the L1 distance is taken, "xyxy" or "cxcywh".
         alpha, gamma: parameters of the focal cost.
+        area_weight: factor of the costs of a vanishing object, falling to 1 for one as large as the
+            image (see `layers.loss_weights`); 1 is off.
     """
 
     class_weight: float = 2.0
@@ -48,6 +51,7 @@ class MatchingCost:
     box_format: str = "xyxy"
     alpha: float = 0.25
     gamma: float = 2.0
+    area_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("MODEL.CRITERION.CLASS_LOSS", self.class_cost, ("focal", "softmax"))
@@ -65,6 +69,7 @@ class MatchingCost:
             box_format=cfg.MODEL.CRITERION.L1_FORMAT,
             alpha=cfg.MODEL.CRITERION.FOCAL_ALPHA,
             gamma=cfg.MODEL.CRITERION.FOCAL_GAMMA,
+            area_weight=cfg.MODEL.CRITERION.AREA_WEIGHT,
         )
 
     def classification(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -95,8 +100,12 @@ class MatchingCost:
     def __call__(self, predictions: Predictions, targets: Targets) -> Tensor:
         """(S, B, N, M) cost; columns of padded ground truths hold finite but meaningless values."""
         boxes = at_least_float32(predictions.boxes_xyxy)
-        return (
+        cost = (
             self.class_weight * self.classification(predictions.logits, targets.labels)
             + self.l1_weight * self.l1(boxes, targets)
             - self.giou_weight * self.giou(boxes, targets)
         )
+        if self.area_weight == 1:
+            return cost
+        share = box_area(targets.boxes_xyxy / targets.image_whwh[:, None])
+        return cost * weigh_area(share, self.area_weight)[:, None]

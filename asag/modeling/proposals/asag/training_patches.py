@@ -90,9 +90,7 @@ class PatchCompletion:
         random = self.random_patches(stride)
         random_used = torch.arange(self.minimum, device=valid.device) < missing  # (B, minimum)
         used = torch.cat((valid, truth_used, random_used), dim=1)
-        forward = torch.cat(
-            (valid, truth_used & self.warmup, torch.zeros_like(random_used)), dim=1
-        )
+        forward = torch.cat((valid, truth_used & self.warmup, torch.zeros_like(random_used)), dim=1)
         kind = torch.cat(
             [
                 torch.full_like(mask, int(k), dtype=torch.long)

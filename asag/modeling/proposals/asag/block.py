@@ -1,0 +1,84 @@
+"""From anchors to dynamic proposals: features of each anchor, one round of self-attention, a first
+answer (ASAG, Section 3.3).
+
+B images, N queries, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ...layers.feed_forward import FeedForward
+from ...layers.init import xavier_init_matrices
+from ...layers.overlap_attention import PositionedSelfAttention
+from ...layers.roi_align import PyramidRoIAlign
+from ...layers.xyzr import XYZRPredictor, boxes_to_xyzr
+
+
+class ProposalBlock(nn.Module):
+    """Turns anchors into queries with content, class logits and refined boxes."""
+
+    def __init__(
+        self,
+        *,
+        pooler: PyramidRoIAlign,
+        dim: int,
+        num_logits: int,
+        num_heads: int = 8,
+        ffn_dim: int = 2048,
+        num_cls_layers: int = 1,
+        num_reg_layers: int = 3,
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        prior_prob: float | None = 0.01,
+    ) -> None:
+        """
+        Args:
+            pooler: reads the features of an anchor.
+            dim: channels C.
+            num_logits: K, or K + 1 with a background column.
+            num_heads: attention heads.
+            ffn_dim: inner width of the feed-forward block.
+            num_cls_layers, num_reg_layers: depth of the towers.
+            activation: of feed-forward block and towers.
+            dropout: rate in attention and feed-forward block.
+            prior_prob: class probability at the start; None for softmax classifiers.
+        """
+        super().__init__()
+        self.pooler = pooler
+        self.project = nn.Linear(dim * pooler.output_size**2, dim)
+        self.project_norm = nn.LayerNorm(dim)
+        self.attention = PositionedSelfAttention(dim=dim, num_heads=num_heads, dropout=dropout)
+        self.ffn = FeedForward(dim=dim, hidden_dim=ffn_dim, activation=activation, dropout=dropout)
+        self.predictor = XYZRPredictor(
+            dim=dim,
+            num_logits=num_logits,
+            num_cls_layers=num_cls_layers,
+            num_reg_layers=num_reg_layers,
+            activation=activation,
+            prior_prob=prior_prob,
+        )
+        for module in (self.project, self.attention, self.ffn):
+            xavier_init_matrices(module)
+
+    def forward(
+        self, maps: Sequence[Tensor], anchors_xyxy: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            maps: (B, C, H, W) a level.
+            anchors_xyxy: (B, N, 4) pixels, without gradient.
+            valid: (B, N) or (B, N, N) bool (who may be attended), or None for everybody.
+
+        Returns:
+            Content (B, N, C), logits (B, N, K) and proposals (B, N, 4) xyxy in pixels, which start
+            equal to the anchors.
+        """
+        pooled = self.pooler(maps, anchors_xyxy).flatten(1)  # (B * N, C * P * P)
+        content = self.project_norm(self.project(pooled)).view(*anchors_xyxy.shape[:2], -1)
+        xyzr = boxes_to_xyzr(anchors_xyxy)
+        content = self.ffn(self.attention(content, xyzr, anchors_xyxy, valid))
+        logits, proposals_xyxy = self.predictor(content, xyzr)
+        return content, logits, proposals_xyxy
