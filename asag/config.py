@@ -244,11 +244,11 @@ def _add_matching(cfg: CN) -> None:
     c.FOCAL_GAMMA = 2.0
     # Weight of background in the cross entropy.
     c.NO_OBJECT_WEIGHT = 0.1
-    # Factor of the matching cost, and in the "QueryWeightingCriterion" of the loss, of an object that
-    # covers nothing of the image, falling linearly with the root of its share to 1; 1 is off.
+    # Factor of the matching cost, and in the "QueryWeightingCriterion" of the loss, of an object
+    # that covers nothing of the image, falling with the root of its share to 1; 1 is off.
     c.AREA_WEIGHT = 1.0
-    # "QueryWeightingCriterion": exponents of score and IoU in the weights of matched queries (gamma1
-    # and gamma2 of ASAG).
+    # "QueryWeightingCriterion": exponents of score and IoU in the weights of matched queries
+    # (gamma1 and gamma2 of ASAG).
     c.SCORE_EXPONENT = 0.4
     c.IOU_EXPONENT = 0.6
     # Sums are divided by the number of "objects", or of "positives" of each stage.

@@ -1,0 +1,102 @@
+"""Which objects a patch answers for, in the patch's own coordinates.
+
+ASAG (Fu et al., ICCV 2023), Section 3.3, and the authors' code. B images, P patches, M padded ground
+truths. Boxes are cxcywh in shares of the patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ....structures import Targets
+from ...layers.boxes import xyxy_to_cxcywh
+from .patches import PATCH
+
+
+@dataclass
+class PatchTargets:
+    """Ground truth of patches.
+
+    Attributes:
+        boxes_cxcywh: (B, P, M, 4) relative to the patch; a positive size everywhere.
+        valid: (B, P, M) bool, which objects belong to the patch.
+    """
+
+    boxes_cxcywh: Tensor
+    valid: Tensor
+
+
+def whole_image_targets(
+    targets: Targets, flips: bool, released_flip: bool = False
+) -> PatchTargets:
+    """Targets of P6: all objects.
+
+    Args:
+        targets: padded ground truth.
+        flips: also for the map mirrored horizontally, vertically and both ways.
+        released_flip: flip as the authors' code does, which takes centre and size for corners, so
+            that three of the four are wrong. Only to reproduce the published training.
+    """
+    boxes = xyxy_to_cxcywh(targets.boxes_xyxy / targets.image_whwh[:, None])
+    views = [boxes]
+    if flips:
+        flip = _released_flip if released_flip else _flip
+        views += [flip(boxes, 0), flip(boxes, 1), flip(flip(boxes, 0), 1)]
+    stacked = torch.stack(views, dim=1)
+    return PatchTargets(stacked, targets.valid[:, None].expand(stacked.shape[:3]))
+
+
+def _flip(boxes_cxcywh: Tensor, axis: int) -> Tensor:
+    flipped = boxes_cxcywh.clone()
+    flipped[..., axis] = 1 - boxes_cxcywh[..., axis]
+    return flipped
+
+
+def _released_flip(boxes_cxcywh: Tensor, axis: int) -> Tensor:
+    flipped = boxes_cxcywh.clone()
+    flipped[..., axis] = 1 - boxes_cxcywh[..., axis + 2]
+    flipped[..., axis + 2] = 1 - boxes_cxcywh[..., axis]
+    return flipped
+
+
+def quadrant_targets(targets: Targets) -> PatchTargets:
+    """Targets of the quadrants of P5: objects whose centre lies in the closed quadrant."""
+    corner = targets.image_whwh.new_tensor([(0, 0), (1, 0), (0, 1), (1, 1)])  # (4, 2)
+    half = targets.image_whwh[:, None, :2] / 2
+    return window_targets(targets, corner * half, half)
+
+
+def probed_targets(targets: Targets, corner: Tensor, stride: int) -> PatchTargets:
+    """Targets of patches with these corners (B, P, 2) in cells: objects with their centre in the
+    closed patch that are no larger than the patch."""
+    side = targets.image_whwh.new_full((1, 1, 2), PATCH * stride)
+    low = corner.to(side.dtype) * stride
+    result = window_targets(targets, low, side)
+    size = targets.boxes_xyxy[..., 2:] - targets.boxes_xyxy[..., :2]
+    result.valid &= (size <= PATCH * stride).all(dim=-1)[:, None]
+    return result
+
+
+def window_targets(targets: Targets, low: Tensor, size: Tensor) -> PatchTargets:
+    """Objects whose centre lies in a closed window, clipped to it and in its coordinates.
+
+    Args:
+        targets: padded ground truth.
+        low: (B, P, 2) top left corners in pixels.
+        size: (B or 1, P or 1, 2) width and height in pixels.
+    """
+    low, size = low[:, :, None], size[:, :, None]  # (B, P, 1, 2)
+    boxes = targets.boxes_xyxy[:, None]  # (B, 1, M, 4)
+    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
+    inside = ((centre >= low) & (centre <= low + size)).all(dim=-1)  # (B, P, M)
+    valid = inside & targets.valid[:, None]
+    relative = torch.cat(((boxes[..., :2] - low) / size, (boxes[..., 2:] - low) / size), dim=-1)
+    relative = relative.clamp(0, 1)
+    # Boxes of other windows may be empty here; the whole window keeps all arithmetic finite.
+    whole = relative.new_tensor((0, 0, 1, 1))
+    return PatchTargets(xyxy_to_cxcywh(torch.where(valid[..., None], relative, whole)), valid)
+
+
