@@ -283,7 +283,7 @@ def _add_optimal_transport(matcher: CN) -> None:
     ot.EPS = 0.001
     ot.ITERS = 60
     ot.RELAXATION = 1.5
-    # Divide each row of the plan by its maximum before a prediction takes its best row, as OTA does.
+    # Divide each row of the plan by its maximum before a prediction takes its best row, like OTA.
     ot.ROW_RESCALE = False
     # Bound on the rounds that repair what the iterations left inexact; 0 takes the plan as it is.
     ot.REPAIR_ROUNDS = 8

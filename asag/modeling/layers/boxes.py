@@ -8,6 +8,7 @@ unit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,9 +42,8 @@ def box_area(boxes_xyxy: Tensor) -> Tensor:
 
 def intersection_and_union(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tensor]:
     """Areas shared and covered by two sets of boxes, broadcast over leading dimensions."""
-    low = torch.maximum(boxes_a[..., :2], boxes_b[..., :2])
-    high = torch.minimum(boxes_a[..., 2:], boxes_b[..., 2:])
-    intersection = (high - low).clamp(min=0).prod(dim=-1)
+    width, height = _overlap(boxes_a, boxes_b, torch.minimum, torch.maximum)
+    intersection = width * height
     return intersection, box_area(boxes_a) + box_area(boxes_b) - intersection
 
 
@@ -58,10 +58,25 @@ def box_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
     """Generalised IoU in [-1, 1] (Rezatofighi et al., CVPR 2019): IoU minus the empty share of the
     hull."""
     intersection, union = intersection_and_union(boxes_a, boxes_b)
-    low = torch.minimum(boxes_a[..., :2], boxes_b[..., :2])
-    high = torch.maximum(boxes_a[..., 2:], boxes_b[..., 2:])
-    hull = (high - low).clamp(min=0).prod(dim=-1)
+    width, height = _overlap(boxes_a, boxes_b, torch.maximum, torch.minimum)
+    hull = width * height
     return intersection / _divisor(union) - (hull - union) / _divisor(hull)
+
+
+def _overlap(
+    boxes_a: Tensor,
+    boxes_b: Tensor,
+    end: Callable[[Tensor, Tensor], Tensor],
+    start: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Width and height between the `start` of two left or upper sides and the `end` of the others.
+
+    One plane a coordinate: a last dimension of two would make all pairs several times slower.
+    """
+    left_a, top_a, right_a, bottom_a = boxes_a.unbind(-1)
+    left_b, top_b, right_b, bottom_b = boxes_b.unbind(-1)
+    width = (end(right_a, right_b) - start(left_a, left_b)).clamp(min=0)
+    return width, (end(bottom_a, bottom_b) - start(top_a, top_b)).clamp(min=0)
 
 
 def _divisor(area: Tensor) -> Tensor:
