@@ -1,11 +1,19 @@
 """Models; importing this package registers all of them."""
 
 from . import backbone, heads, neck, proposals
-from .meta_arch import DETR, ConditionalDETR, IoUEnhancedSparseRCNN, SparseDetector, SparseRCNN
+from .meta_arch import (
+    DETR,
+    ConditionalDETR,
+    DynamicSparseRCNN,
+    IoUEnhancedSparseRCNN,
+    SparseDetector,
+    SparseRCNN,
+)
 
 __all__ = [
     "DETR",
     "ConditionalDETR",
+    "DynamicSparseRCNN",
     "IoUEnhancedSparseRCNN",
     "SparseDetector",
     "SparseRCNN",

@@ -257,6 +257,20 @@ class SparseRCNN(SparseDetector):
 
 
 @META_ARCH_REGISTRY.register()
+class DynamicSparseRCNN(SparseDetector):
+    """Sparse R-CNN with dynamic label assignment and dynamic proposals (Hong et al., CVPR 2022)."""
+
+    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+        "MODEL.PROPOSAL_GENERATOR.NAME": ("DynamicProposals",),
+        "MODEL.ROI_HEADS.NAME": ("DynamicConvHeads",),
+        "MODEL.DECODER.SELF_ATTENTION": ("msa",),
+        "MODEL.DECODER.DCW": (False,),
+        "MODEL.DECODER.DISENTANGLE": ("none",),
+        "MODEL.MATCHER.NAME": ("OptimalTransportMatcher",),
+    }
+
+
+@META_ARCH_REGISTRY.register()
 class IoUEnhancedSparseRCNN(SparseDetector):
     """Sparse R-CNN with IoU-enhanced attention and dynamic channel weighting (Zhao et al., ECCV
     2022)."""
