@@ -22,7 +22,5 @@ GENERATOR_RULES = (
 
 ASAG = NameTable(
     source="the ASAG release",
-    rules=(
-        *GENERATOR_RULES,
-    ),
+    rules=(*GENERATOR_RULES,),
 )

@@ -139,8 +139,9 @@ class ConditionalCrossAttention(CrossAttention):
             position: (B or 1, L, C) p_k.
         """
         content = [layer for x in layers for layer in (x.content_key, x.value)]
-        keys_and_values = project_together(content, memory)
-        spatial_keys = project_together([x.spatial_key for x in layers], position)
+        keys_and_values = project_together([(x.weight, x.bias) for x in content], memory)
+        spatial = [x.spatial_key for x in layers]
+        spatial_keys = project_together([(x.weight, x.bias) for x in spatial], position)
         return list(zip(keys_and_values[::2], spatial_keys, keys_and_values[1::2], strict=True))
 
     def project(

@@ -19,12 +19,11 @@ StageMemory = tuple[Tensor, ...]
 """What one stage reads of the memory: its keys and values, (B, L, C) each."""
 
 
-def project_together(layers: Sequence[nn.Linear], x: Tensor) -> tuple[Tensor, ...]:
-    """Applies linear layers of equal shape to the same (B, L, C): one matrix product instead of
-    one a layer; the results are views of it."""
-    weight = torch.cat([layer.weight for layer in layers])
-    bias = torch.cat([layer.bias for layer in layers])
-    return F.linear(x, weight, bias).chunk(len(layers), dim=-1)
+def project_together(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, ...]:
+    """Applies linear layers of equal shape, (weight, bias) each, to the same (B, L, C): one matrix
+    product instead of one a layer; the results are views of it."""
+    weights, biases = zip(*layers, strict=True)
+    return F.linear(x, torch.cat(weights), torch.cat(biases)).chunk(len(layers), dim=-1)
 
 
 class CrossAttention(nn.Module):
@@ -117,17 +116,14 @@ class DETRCrossAttention(CrossAttention):
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
-        self.query_proj = nn.Linear(dim, dim)
-        self.key_proj = nn.Linear(dim, dim)
-        self.value_proj = nn.Linear(dim, dim)
-
-    def init_weights(self) -> None:
-        """Xavier uniform, queries, keys and values counting as one 3C x C matrix; zero biases."""
-        for layer in (self.query_proj, self.key_proj, self.value_proj):
-            nn.init.xavier_uniform_(layer.weight, gain=1 / math.sqrt(2))
-            nn.init.zeros_(layer.bias)
-        nn.init.xavier_uniform_(self.out_proj.weight)
+        self.in_proj = nn.Linear(dim, 3 * dim)  # of queries, keys and values
+        nn.init.zeros_(self.in_proj.bias)
         nn.init.zeros_(self.out_proj.bias)
+
+    def projections(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias that make queries, keys and values."""
+        dim = self.out_proj.in_features
+        return list(zip(self.in_proj.weight.split(dim), self.in_proj.bias.split(dim), strict=True))
 
     @staticmethod
     def project_memory(
@@ -140,13 +136,13 @@ class DETRCrossAttention(CrossAttention):
             memory: (B, L, C) content keys c_k.
             position: (B or 1, L, C) spatial keys p_k.
         """
-        keys = project_together([x.key_proj for x in layers], memory + position)
-        values = project_together([x.value_proj for x in layers], memory)
-        return list(zip(keys, values, strict=True))
+        _, key_layers, value_layers = zip(*(x.projections() for x in layers), strict=True)
+        keys = project_together(key_layers, memory + position)
+        return list(zip(keys, project_together(value_layers, memory), strict=True))
 
     def project(
         self, query: Tensor, position: Tensor, spatial: Tensor | None, memory: StageMemory
     ) -> tuple[Tensor, Tensor, Tensor]:
         key, value = memory
-        query = self.query_proj(query + position)
+        query = F.linear(query + position, *self.projections()[0])
         return tuple(split_heads(x, self.num_heads) for x in (query, key, value))

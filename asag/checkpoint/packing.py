@@ -1,0 +1,74 @@
+"""Published checkpoints that keep apart what this library keeps in one matrix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .mapping import NameTable
+
+_PART = re.compile(r"(?P<layer>.+)\.part(?P<index>\d+)\.(?P<kind>weight|bias)$")
+
+
+@dataclass(frozen=True)
+class PackedTable:
+    """A table of names in which several published layers are slices of one of ours.
+
+    Attributes:
+        names: its rules call the slices of layer X "X.part0.", "X.part1.", ..., in the order of the
+            output channels.
+        parts: (pattern, number of slices) of the packed layers; the regular expression must match
+            the whole name of the layer, without "weight" or "bias".
+    """
+
+    names: NameTable
+    parts: tuple[tuple[str, int], ...]
+
+    @property
+    def source(self) -> str:
+        """Whose layout this is."""
+        return self.names.source
+
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Renames and packs. Raises KeyError naming what no rule covers or which slice is
+        missing."""
+        packed: dict[str, Tensor] = {}
+        slices: dict[str, dict[int, Tensor]] = {}
+        for name, value in self.names.to_ours(state).items():
+            if found := _PART.match(name):
+                whole = f"{found['layer']}.{found['kind']}"
+                slices.setdefault(whole, {})[int(found["index"])] = value
+            else:
+                packed[name] = value
+        for whole, found in slices.items():
+            wanted = range(self._count(whole))
+            missing = [i for i in wanted if i not in found]
+            if missing:
+                raise KeyError(f"{whole} lacks slice(s) {missing} in {self.source}")
+            packed[whole] = torch.cat([found[i] for i in wanted])
+        return packed
+
+    def to_theirs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Unpacks and renames. Raises KeyError naming what no rule covers."""
+        unpacked: dict[str, Tensor] = {}
+        for name, value in state.items():
+            count = self._count(name)
+            if count == 1:
+                unpacked[name] = value
+                continue
+            layer, _, kind = name.rpartition(".")
+            for i, part in enumerate(value.chunk(count)):
+                unpacked[f"{layer}.part{i}.{kind}"] = part
+        return self.names.to_theirs(unpacked)
+
+    def covers(self, names: Iterable[str]) -> bool:
+        """Whether every published name is known to this table."""
+        return self.names.covers(names)
+
+    def _count(self, name: str) -> int:
+        layer = name.rpartition(".")[0]
+        return next((n for pattern, n in self.parts if re.fullmatch(pattern, layer)), 1)
