@@ -28,11 +28,17 @@ STEPS = 3
 
 
 def train(folder: Path, **changes) -> Trainer:
-    # The same weights on every rank; a rank's own seed matters for dropout only.
+    # The same weights on every rank; a rank's own seed matters for dropout only. SGD, because
+    # AdamW's first steps turn the sign of a gradient that is mere rounding into a whole step.
+    settings = {"SOLVER__MAX_ITER": STEPS, "SOLVER__OPTIMIZER": "SGD", "SOLVER__BASE_LR": 0.01}
     seed_all_rng(7)
-    trainer = Trainer(tiny_cfg(folder, **({"SOLVER__MAX_ITER": STEPS} | changes)))
+    trainer = Trainer(tiny_cfg(folder, **settings | changes))
     trainer.train()
     return trainer
+
+
+def gradient_norms(trainer: Trainer) -> list[float]:
+    return [value for value, _ in trainer.storage.history("grad_norm").values()]
 
 
 def work(data: str, folder: str) -> int:
@@ -44,7 +50,7 @@ def work(data: str, folder: str) -> int:
         "accumulating": {"SOLVER__ACCUMULATE_STEPS": 2},
     }.items():
         trainer = train(Path(folder) / name, **changes)
-        found[name] = losses(trainer)
+        found[name] = losses(trainer) + gradient_norms(trainer)
         if comm.is_main_process():
             torch.save(weights(trainer.model), Path(folder) / f"{name}.weights")
             found["results"] = found.get("results") or trainer.results
@@ -92,12 +98,10 @@ def test_two_processes_equal_one(two, tmp_path, name):
     register_tiny_shapes()
     one = train(tmp_path)
     for number in (0, 1):
-        np.testing.assert_allclose(rank(two, number)[name], losses(one), rtol=1e-5)
-    # AdamW's first steps are sign-like: where a gradient is nothing but rounding, its sign may
-    # differ, so weights may differ by a fraction of a step here and there.
-    difference = (torch.load(two / f"{name}.weights") - weights(one.model)).abs()
-    assert difference.median() < 1e-6
-    assert difference.max() < 2 * STEPS * one.cfg.SOLVER.BASE_LR
+        expected = losses(one) + gradient_norms(one)  # clipping would hide a factor
+        np.testing.assert_allclose(rank(two, number)[name], expected, rtol=1e-4)
+    difference = (torch.load(two / f"{name}.weights") - weights(one.model)).abs().max()
+    assert difference < 1e-3 * one.cfg.SOLVER.BASE_LR
 
 
 def test_every_image_is_evaluated_once(two):
