@@ -102,7 +102,7 @@ class AnchorCriterion(nn.Module):
             PatchGroup(p6, everywhere[:, : p6.shape[1]], whole, large=True),
             PatchGroup(p5, everywhere, quadrant_targets(targets)),
             *(
-                PatchGroup(x.raw, x.valid, probed_targets(targets, x.corner, x.stride))
+                PatchGroup(x.raw, x.valid, probed_targets(targets, x.corner, x.stride, x.side))
                 for x in generated.probed
             ),
         ]
@@ -121,9 +121,7 @@ class AnchorCriterion(nn.Module):
             pieces[: len(groups)], pieces[len(groups) :], [x.shape for x in costs], strict=True
         ):
             batch, patches, anchors, objects = shape
-            match = solve_patches(
-                cost.reshape(-1, anchors, objects), mask.reshape(-1, objects) > 0
-            )
+            match = solve_patches(cost.reshape(-1, anchors, objects), mask.reshape(-1, objects) > 0)
             match = torch.from_numpy(match.reshape(batch, patches, anchors))
             matches.append(match.to(costs[0].device, non_blocking=True))
         return matches

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...layers.boxes import cxcywh_to_xyxy
 from .network import AnchorNetwork
-from .patches import PATCH, centred_corners, greedy_nms
+from .patches import centred_corners, greedy_nms
 
 LEVELS = (4, 3)  # pyramid levels that may be probed, in this order
 
@@ -96,6 +95,7 @@ class ProbedPatches:
 
     Attributes:
         level: 4 or 3.
+        side: cells of a patch's side.
         corner: (B, P, 2) int64 cells.
         valid: (B, P) bool.
         forward: (B, P) bool, whether their anchors go on to the detector.
@@ -105,6 +105,7 @@ class ProbedPatches:
     """
 
     level: int
+    side: int
     corner: Tensor
     valid: Tensor
     forward: Tensor
@@ -147,6 +148,7 @@ class AdaptiveAnchorGenerator(nn.Module):
         *,
         network: AnchorNetwork,
         rules: ProbingRules,
+        inference_rules: ProbingRules | None = None,
         patch_capacity: int = 0,
         anchor_capacity: int = 0,
     ) -> None:
@@ -154,6 +156,7 @@ class AdaptiveAnchorGenerator(nn.Module):
         Args:
             network: predicts anchors from patches.
             rules: thresholds and limits.
+            inference_rules: those of inference, where they differ.
             patch_capacity: patch slots an image and level; 0 takes what the fullest image needs.
             anchor_capacity: anchor slots an image; 0 takes what the fullest image needs.
 
@@ -169,6 +172,7 @@ class AdaptiveAnchorGenerator(nn.Module):
             )
         self.network = network
         self.rules = rules
+        self.inference_rules = inference_rules or rules
         self.patch_capacity = patch_capacity
         self.anchor_capacity = anchor_capacity
 
@@ -188,50 +192,30 @@ class AdaptiveAnchorGenerator(nn.Module):
         Args:
             maps: P3, P4, P5, each (B, C, H, W).
             whwh: (B, 4) sizes of the unpadded images.
-            completion: adds training patches to the generated ones of a level.
+            completion: adds training patches to the generated ones of a level; None is inference.
             probing: 0-d bool, False selects nothing (start of training); None is True.
         """
+        rules = self.inference_rules if completion is None else self.rules
         p6, p5 = self.network.fixed(maps[2], whwh, flips=completion is not None)
-        current = fixed_anchors(p5, p6[:, :1], whwh, self.rules.min_side)
+        current = fixed_anchors(p5, p6[:, :1], whwh, rules.min_side)
         settled: list[Anchors] = []
         probed: list[ProbedPatches] = []
         for level in LEVELS:
-            if level < self.rules.finest_level:
+            if level < rules.finest_level:
                 break
-            selected = self.select(current, 2**level)
+            selected = select(current, self.network.side / 2 * 2**level, rules)
             if probing is not None:
                 selected = selected & probing
             if completion is None and not self.static and not bool(selected.any()):
                 break
-            leaving = current.where(~selected) if self.rules.replace else current
-            settled.append(self.settle(leaving, current, first=not probed))
-            patches = self.probe(maps[level - 3], current, selected, whwh, level, completion)
+            leaving = current.where(~selected) if rules.replace else current
+            settled.append(settle(leaving, current, rules, first=not probed))
+            patches = self.probe(maps[level - 3], current, selected, whwh, level, rules, completion)
             probed.append(patches)
-            current = probed_anchors(patches, whwh, self.rules.min_side)
-        settled.append(self.settle(current, current, first=not probed))
-        return GeneratedAnchors(self.assemble(settled, whwh), p6, p5, probed)
-
-    def select(self, anchors: Anchors, stride: int) -> Tensor:
-        """(B, A) bool: anchors that are unsure and small enough for a patch of the next level."""
-        rules, half_patch = self.rules, PATCH / 2 * stride
-        selected = (
-            anchors.valid
-            & (anchors.scores > rules.eta_l)
-            & (anchors.scores < rules.eta_h)
-            & (anchors.boxes_cxcywh[..., 2:] < half_patch).all(dim=-1)
-        )
-        return selected & (selected.sum(dim=1, keepdim=True) >= rules.min_selected)
-
-    def settle(self, leaving: Anchors, level: Anchors, first: bool) -> Anchors:
-        """What a level gives to the detector: `leaving` above eta_f, and from the `first` level at
-        least min_anchors, which may be any of the `level`."""
-        final = leaving.where(leaving.scores > self.rules.eta_f)
-        if not first or not self.rules.min_anchors:
-            return final
-        best = level.scores.topk(min(self.rules.min_anchors, level.scores.shape[1]), dim=1).indices
-        fallback = torch.zeros_like(level.valid).scatter(1, best, True)
-        enough = final.valid.sum(dim=1, keepdim=True) >= self.rules.min_anchors
-        return Anchors(final.boxes_cxcywh, final.scores, torch.where(enough, final.valid, fallback))
+            current = probed_anchors(patches, whwh, rules.min_side)
+        settled.append(settle(current, current, rules, first=not probed))
+        anchors = self.assemble(settled, whwh, rules.max_anchors)
+        return GeneratedAnchors(anchors, p6, p5, probed)
 
     def probe(
         self,
@@ -240,36 +224,38 @@ class AdaptiveAnchorGenerator(nn.Module):
         selected: Tensor,
         whwh: Tensor,
         level: int,
+        rules: ProbingRules,
         completion: Completion | None,
     ) -> ProbedPatches:
         """Adaptive Probing: patches around selected anchors, thinned by NMS *before* they are
         moved inside the image, and their predictions."""
         stride = 2**level
-        centre, side = current.boxes_cxcywh[..., :2], float(PATCH * stride)
-        squares = torch.cat((centre - side / 2, centre + side / 2), dim=-1)
-        limits = [x for x in (self.rules.max_patches, self.patch_capacity) if x]
+        centre, extent = current.boxes_cxcywh[..., :2], float(self.network.side * stride)
+        squares = torch.cat((centre - extent / 2, centre + extent / 2), dim=-1)
+        limits = [x for x in (rules.max_patches, self.patch_capacity) if x]
         index, valid = greedy_nms(
             squares.detach(),
             current.scores,
             selected,
-            iou_threshold=self.rules.eta_iou,
+            iou_threshold=rules.eta_iou,
             limit=min(limits, default=None),
             static=self.static,
         )
         picked = centre.gather(1, index[..., None].expand(-1, -1, 2))
-        corner = centred_corners(picked, whwh, stride)
+        corner = centred_corners(picked, whwh, stride, self.network.side)
         forward, kind = valid, torch.zeros_like(index)
         if completion is not None:
             corner, valid, forward, kind = completion(stride, corner, valid)
         raw = self.network.probe(self.network.compress[level - 3](features), corner, level)
-        return ProbedPatches(level, corner, valid, forward, raw, selected.sum(dim=1), kind)
+        count = selected.sum(dim=1)
+        return ProbedPatches(level, self.network.side, corner, valid, forward, raw, count, kind)
 
-    def assemble(self, settled: list[Anchors], whwh: Tensor) -> Anchors:
-        """All levels' anchors of an image, best first, at most max_anchors; padding last."""
+    def assemble(self, settled: list[Anchors], whwh: Tensor, max_anchors: int) -> Anchors:
+        """All levels' anchors of an image, best first, at most `max_anchors`; padding last."""
         boxes = torch.cat([x.boxes_cxcywh for x in settled], dim=1)
         scores = torch.cat([x.scores for x in settled], dim=1)
         valid = torch.cat([x.valid for x in settled], dim=1)
-        slots = min(self.rules.max_anchors, boxes.shape[1])
+        slots = min(max_anchors, boxes.shape[1])
         if self.static:
             slots = min(slots, self.anchor_capacity)
         else:
@@ -280,6 +266,30 @@ class AdaptiveAnchorGenerator(nn.Module):
         whole_image = torch.cat((whwh[:, :2] / 2, whwh[:, 2:]), dim=1)[:, None]
         boxes = torch.where(valid[..., None], boxes, whole_image)
         return Anchors(boxes, scores.clamp(min=0), valid)
+
+
+def select(anchors: Anchors, largest: float, rules: ProbingRules) -> Tensor:
+    """(B, A) bool: anchors that are unsure, and with sides below `largest` pixels small enough for
+    a patch of the next level."""
+    selected = (
+        anchors.valid
+        & (anchors.scores > rules.eta_l)
+        & (anchors.scores < rules.eta_h)
+        & (anchors.boxes_cxcywh[..., 2:] < largest).all(dim=-1)
+    )
+    return selected & (selected.sum(dim=1, keepdim=True) >= rules.min_selected)
+
+
+def settle(leaving: Anchors, level: Anchors, rules: ProbingRules, first: bool) -> Anchors:
+    """What a level gives to the detector: `leaving` above eta_f, and from the `first` level at
+    least min_anchors, which may be any of the `level`."""
+    final = leaving.where(leaving.scores > rules.eta_f)
+    if not first or not rules.min_anchors:
+        return final
+    best = level.scores.topk(min(rules.min_anchors, level.scores.shape[1]), dim=1).indices
+    fallback = torch.zeros_like(level.valid).scatter(1, best, True)
+    enough = final.valid.sum(dim=1, keepdim=True) >= rules.min_anchors
+    return Anchors(final.boxes_cxcywh, final.scores, torch.where(enough, final.valid, fallback))
 
 
 @torch.no_grad()
@@ -301,15 +311,10 @@ def fixed_anchors(p5: Tensor, p6: Tensor, whwh: Tensor, min_side: float) -> Anch
 def probed_anchors(patches: ProbedPatches, whwh: Tensor, min_side: float) -> Anchors:
     """Anchors of probed patches whose anchors go on, (B, P, A, 5) -> (B, P A)."""
     stride, raw = patches.stride, patches.raw
-    centre = (raw[..., :2] * PATCH + patches.corner[:, :, None]) * stride
-    size = raw[..., 2:4] * (PATCH * stride)
+    centre = (raw[..., :2] * patches.side + patches.corner[:, :, None]) * stride
+    size = raw[..., 2:4] * (patches.side * stride)
     useless = (centre >= whwh[:, None, None, :2]).any(dim=-1) | (size < min_side).any(dim=-1)
     scores = raw[..., 4].sigmoid().masked_fill(useless, 0)
     valid = (patches.valid & patches.forward)[..., None].expand_as(useless)
     boxes = torch.cat((centre, size), dim=-1)
     return Anchors(boxes.flatten(1, 2), scores.flatten(1), valid.flatten(1))
-
-
-def anchors_xyxy(anchors: Anchors) -> Tensor:
-    """(B, N, 4) corners in pixels."""
-    return cxcywh_to_xyxy(anchors.boxes_cxcywh)

@@ -1,7 +1,7 @@
 """The network of the Adaptive Sparse Anchor Generator: patch in, a few anchors out.
 
-ASAG (Fu et al., ICCV 2023), Section 3.2 and Fig. 4. B images, P patches, T tokens of a patch, C
-channels after compression, A anchors of a patch.
+ASAG (Fu et al., ICCV 2023), Section 3.2 and Fig. 4. B images, P patches of T = side x side
+tokens, C channels after compression, A anchors of a patch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.init import xavier_init_matrices
-from .patches import PATCH, crop_patches, resize_valid
+from .patches import crop_patches, resize_valid
 
 P5_STRIDE = 32
 
@@ -18,10 +18,10 @@ P5_STRIDE = 32
 class PatchTokens(nn.Module):
     """Norm over a whole patch, then a learned position: (..., T, C) -> (..., T * C)."""
 
-    def __init__(self, *, channels: int) -> None:
+    def __init__(self, *, channels: int, side: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm((PATCH * PATCH, channels))
-        self.position = nn.Parameter(torch.zeros(PATCH * PATCH, channels))
+        self.norm = nn.LayerNorm((side * side, channels))
+        self.position = nn.Parameter(torch.zeros(side * side, channels))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return (self.norm(tokens) + self.position).flatten(-2)
@@ -51,7 +51,13 @@ class AnchorNetwork(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, channels: int = 8, fixed_anchors: int = 50, patch_anchors: int = 20
+        self,
+        *,
+        dim: int,
+        channels: int = 8,
+        fixed_anchors: int = 50,
+        patch_anchors: int = 20,
+        side: int = 15,
     ) -> None:
         """
         Args:
@@ -59,12 +65,16 @@ class AnchorNetwork(nn.Module):
             channels: C.
             fixed_anchors: anchors of each P5 quadrant and of P6 (n1).
             patch_anchors: anchors of each probed patch (n2).
+            side: cells of a patch's side.
         """
         super().__init__()
-        in_dim, hidden_dim = PATCH * PATCH * channels, 125 * channels
+        self.side = side
+        in_dim, hidden_dim = side * side * channels, 125 * channels
         self.compress = nn.ModuleList(_compression(dim, channels) for _ in range(3))  # P3, P4, P5
         self.p6 = nn.Conv2d(channels, channels, 3, stride=2, padding=2, dilation=2)
-        self.tokens = nn.ModuleList(PatchTokens(channels=channels) for _ in range(3))  # P5, P4, P3
+        self.tokens = nn.ModuleList(
+            PatchTokens(channels=channels, side=side) for _ in range(3)
+        )  # P5, P4, P3
         self.fixed_mlp = _mlp(in_dim, hidden_dim, fixed_anchors)
         self.patch_mlp = _mlp(in_dim, hidden_dim, patch_anchors)
         # The authors' code draws every parameter with two dimensions from Xavier's distribution,
@@ -85,11 +95,11 @@ class AnchorNetwork(nn.Module):
             P6 (B, 1 or 4, A, 5), and the quadrants of P5 (B, 4, A, 5): top left, top right, bottom
             left, bottom right.
         """
-        whole = resize_valid(self.compress[2](p5), whwh, P5_STRIDE)  # (B, C, 2 PATCH, 2 PATCH)
-        p6 = self.p6(whole.relu())  # (B, C, PATCH, PATCH)
+        whole = resize_valid(self.compress[2](p5), whwh, P5_STRIDE, 2 * self.side)
+        p6 = self.p6(whole.relu())  # (B, C, side, side)
         views = [p6, p6.flip(-1), p6.flip(-2), p6.flip(-1, -2)] if flips else [p6]
-        quadrants = whole.unflatten(-2, (2, PATCH)).unflatten(-1, (2, PATCH))
-        quadrants = quadrants.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)  # (B, 4, PATCH, PATCH, C)
+        quadrants = whole.unflatten(-2, (2, -1)).unflatten(-1, (2, -1))
+        quadrants = quadrants.permute(0, 2, 4, 3, 5, 1).flatten(1, 2)  # (B, 4, side, side, C)
         patches = torch.stack(views, dim=1).permute(0, 1, 3, 4, 2)
         tokens = torch.cat((patches, quadrants), dim=1).flatten(2, 3)
         raw = _anchors(self.fixed_mlp(self.tokens[0](tokens)))
@@ -106,7 +116,7 @@ class AnchorNetwork(nn.Module):
         Returns:
             (B, P, A, 5).
         """
-        tokens = self.tokens[5 - level](crop_patches(compressed, corner))
+        tokens = self.tokens[5 - level](crop_patches(compressed, corner, self.side))
         return _anchors(self.patch_mlp(tokens))
 
 

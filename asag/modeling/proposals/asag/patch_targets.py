@@ -1,7 +1,7 @@
 """Which objects a patch answers for, in the patch's own coordinates.
 
-ASAG (Fu et al., ICCV 2023), Section 3.3, and the authors' code. B images, P patches, M padded ground
-truths. Boxes are cxcywh in shares of the patch.
+ASAG (Fu et al., ICCV 2023), Section 3.3, and the authors' code. B images, P patches, M padded
+ground truths. Boxes are cxcywh in shares of the patch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ....structures import Targets
 from ...layers.boxes import xyxy_to_cxcywh
-from .patches import PATCH
 
 
 @dataclass
@@ -29,9 +28,7 @@ class PatchTargets:
     valid: Tensor
 
 
-def whole_image_targets(
-    targets: Targets, flips: bool, released_flip: bool = False
-) -> PatchTargets:
+def whole_image_targets(targets: Targets, flips: bool, released_flip: bool = False) -> PatchTargets:
     """Targets of P6: all objects.
 
     Args:
@@ -69,14 +66,14 @@ def quadrant_targets(targets: Targets) -> PatchTargets:
     return window_targets(targets, corner * half, half)
 
 
-def probed_targets(targets: Targets, corner: Tensor, stride: int) -> PatchTargets:
-    """Targets of patches with these corners (B, P, 2) in cells: objects with their centre in the
-    closed patch that are no larger than the patch."""
-    side = targets.image_whwh.new_full((1, 1, 2), PATCH * stride)
-    low = corner.to(side.dtype) * stride
-    result = window_targets(targets, low, side)
+def probed_targets(targets: Targets, corner: Tensor, stride: int, side: int) -> PatchTargets:
+    """Targets of patches of `side` cells with these corners (B, P, 2) in cells: objects with their
+    centre in the closed patch that are no larger than the patch."""
+    extent = targets.image_whwh.new_full((1, 1, 2), side * stride)
+    low = corner.to(extent.dtype) * stride
+    result = window_targets(targets, low, extent)
     size = targets.boxes_xyxy[..., 2:] - targets.boxes_xyxy[..., :2]
-    result.valid &= (size <= PATCH * stride).all(dim=-1)[:, None]
+    result.valid &= (size <= side * stride).all(dim=-1)[:, None]
     return result
 
 
@@ -98,5 +95,3 @@ def window_targets(targets: Targets, low: Tensor, size: Tensor) -> PatchTargets:
     # Boxes of other windows may be empty here; the whole window keeps all arithmetic finite.
     whole = relative.new_tensor((0, 0, 1, 1))
     return PatchTargets(xyxy_to_cxcywh(torch.where(valid[..., None], relative, whole)), valid)
-
-

@@ -1,7 +1,8 @@
 """Square patches of feature maps: choosing, placing and cutting them, for all images at once.
 
-ASAG (Fu et al., ICCV 2023), Section 3.2. B images, A anchors, P patches, C channels, T = PATCH x
-PATCH tokens of a patch. Corners are (column, row) in cells of the map that a patch is cut from.
+ASAG (Fu et al., ICCV 2023), Section 3.2. B images, A anchors, P patches, C channels. A patch has
+`side` x `side` = T cells, which become its tokens. Corners are (column, row) in cells of the map
+that a patch is cut from.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from torch import Tensor
 
 from ...layers.boxes import box_iou
 
-PATCH = 15  # cells of a patch's side
-INTERPOLATED = 2 * PATCH  # cells to which the coarsest map is resized: four patches
 _PICKS_BETWEEN_LOOKS = 16
 
 
@@ -72,41 +71,42 @@ def map_cells(whwh: Tensor, stride: int) -> Tensor:
     return (whwh[:, None, :2] / stride).ceil()
 
 
-def pull_inside(corner: Tensor, cells: Tensor) -> Tensor:
+def pull_inside(corner: Tensor, cells: Tensor, side: int) -> Tensor:
     """Moves corners (B, P, 2) up and left until patches end with the image; may go below zero."""
-    return torch.minimum(corner, cells - PATCH)
+    return torch.minimum(corner, cells - side)
 
 
-def centred_corners(centre_xy: Tensor, whwh: Tensor, stride: int) -> Tensor:
+def centred_corners(centre_xy: Tensor, whwh: Tensor, stride: int, side: int) -> Tensor:
     """Corners (B, P, 2) int64 of patches around centres (B, P, 2) in pixels, inside the image.
 
-    Where the image has fewer than PATCH cells the corner is 0 and the patch runs into the padding.
+    Where the image has fewer than `side` cells the corner is 0 and the patch runs into the padding.
     """
-    corner = (centre_xy / stride - PATCH / 2).floor()
-    return pull_inside(corner, map_cells(whwh, stride)).long().clamp(min=0)
+    corner = (centre_xy / stride - side / 2).floor()
+    return pull_inside(corner, map_cells(whwh, stride), side).long().clamp(min=0)
 
 
-def crop_patches(features: Tensor, corner: Tensor) -> Tensor:
+def crop_patches(features: Tensor, corner: Tensor, side: int) -> Tensor:
     """Cuts patches out of maps in one gather.
 
     Args:
-        features: (B, C, H, W); zeros are added right and below where it has less than PATCH cells.
+        features: (B, C, H, W); zeros are added right and below up to `side` cells.
         corner: (B, P, 2) int64.
+        side: cells of a patch's side.
 
     Returns:
         (B, P, T, C), tokens row by row.
     """
     height, width = features.shape[-2:]
-    features = F.pad(features, (0, max(PATCH - width, 0), 0, max(PATCH - height, 0)))
-    cells = torch.arange(PATCH, device=corner.device)
-    columns = (corner[..., 0, None] + cells)[..., None, :]  # (B, P, 1, PATCH)
-    rows = (corner[..., 1, None] + cells)[..., None]  # (B, P, PATCH, 1)
+    features = F.pad(features, (0, max(side - width, 0), 0, max(side - height, 0)))
+    cells = torch.arange(side, device=corner.device)
+    columns = (corner[..., 0, None] + cells)[..., None, :]  # (B, P, 1, side)
+    rows = (corner[..., 1, None] + cells)[..., None]  # (B, P, side, 1)
     image = torch.arange(len(corner), device=corner.device).view(-1, 1, 1, 1)
     return features.permute(0, 2, 3, 1)[image, rows, columns].flatten(2, 3)
 
 
-def resize_valid(features: Tensor, whwh: Tensor, stride: int) -> Tensor:
-    """Resizes the part of each map that its image covers to INTERPOLATED x INTERPOLATED.
+def resize_valid(features: Tensor, whwh: Tensor, stride: int, size: int) -> Tensor:
+    """Resizes the part of each map that its image covers to `size` x `size`.
 
     Bilinear without half-pixel alignment of corners, as `F.interpolate` does, written as two
     products with hat functions: every image has its own extent and needs no loop.
@@ -115,21 +115,22 @@ def resize_valid(features: Tensor, whwh: Tensor, stride: int) -> Tensor:
         features: (B, C, H, W).
         whwh: (B, 4) sizes of the unpadded images.
         stride: pixels a cell; the image covers round(size / stride) cells, halves to even.
+        size: cells of the result's side.
 
     Returns:
-        (B, C, INTERPOLATED, INTERPOLATED).
+        (B, C, size, size).
     """
     extent = (whwh[:, :2] / stride).round().clamp(min=1)  # (B, 2)
-    columns = _hat_weights(extent[:, 0], features.shape[-1]).to(features.dtype)
-    rows = _hat_weights(extent[:, 1], features.shape[-2]).to(features.dtype)
+    columns = _hat_weights(extent[:, 0], features.shape[-1], size).to(features.dtype)
+    rows = _hat_weights(extent[:, 1], features.shape[-2], size).to(features.dtype)
     return rows[:, None] @ features @ columns[:, None].transpose(-1, -2)
 
 
-def _hat_weights(extent: Tensor, size: int) -> Tensor:
-    """(B, INTERPOLATED, size): how much each cell adds to each sample along one axis."""
-    extent = extent.clamp(max=size)[:, None]
-    sample = torch.arange(INTERPOLATED, device=extent.device, dtype=extent.dtype) + 0.5
-    position = sample * (extent / INTERPOLATED) - 0.5  # (B, INTERPOLATED)
+def _hat_weights(extent: Tensor, cells: int, samples: int) -> Tensor:
+    """(B, samples, cells): how much each cell adds to each sample along one axis."""
+    extent = extent.clamp(max=cells)[:, None]
+    sample = torch.arange(samples, device=extent.device, dtype=extent.dtype) + 0.5
+    position = sample * (extent / samples) - 0.5  # (B, samples)
     position = torch.minimum(position.clamp(min=0), extent - 1)[..., None]
-    cell = torch.arange(size, device=extent.device, dtype=extent.dtype)
+    cell = torch.arange(cells, device=extent.device, dtype=extent.dtype)
     return (1 - (position - cell).abs()).clamp(min=0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ....structures import Targets
 from ...layers.boxes import xyxy_to_cxcywh
-from .patches import PATCH, greedy_nms, map_cells, pull_inside
+from .patches import greedy_nms, map_cells, pull_inside
 
 Uniform = Callable[[tuple[int, ...], torch.device], Tensor]
 """(shape, device) -> independent draws from [0, 1)."""
@@ -44,6 +44,7 @@ class PatchCompletion:
         self,
         targets: Targets,
         *,
+        side: int = 15,
         minimum: int = 4,
         iou_threshold: float = 0.25,
         warmup: Tensor | None = None,
@@ -53,6 +54,7 @@ class PatchCompletion:
         """
         Args:
             targets: padded ground truth.
+            side: cells of a patch's side.
             minimum: patches that every image has at least in each level (N_TP).
             iou_threshold: of the NMS on ground-truth boxes.
             warmup: 0-d bool on the device, whether this is the first epoch; None is not.
@@ -60,6 +62,7 @@ class PatchCompletion:
             uniform: source of randomness.
         """
         self.targets = targets
+        self.side = side
         self.minimum = minimum
         self.iou_threshold = iou_threshold
         device = targets.valid.device
@@ -111,7 +114,7 @@ class PatchCompletion:
         """
         targets = self.targets
         boxes = xyxy_to_cxcywh(targets.boxes_xyxy)
-        small = targets.valid & (boxes[..., 2:] < PATCH / 2 * stride).all(dim=-1)
+        small = targets.valid & (boxes[..., 2:] < self.side / 2 * stride).all(dim=-1)
         offset = boxes[:, :, None, :2] - boxes[:, None, :, :2]  # (B, M, M, 2)
         distance = (offset.square().sum(dim=-1) * small[:, None]).sum(dim=-1)
         index, valid = greedy_nms(
@@ -124,14 +127,14 @@ class PatchCompletion:
         )
         chosen = targets.boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
         corner = (chosen[..., :2] / stride).floor()
-        corner = pull_inside(corner, map_cells(targets.image_whwh, stride))
-        slack = (corner + PATCH - chosen[..., 2:] / stride).clamp(min=0)
+        corner = pull_inside(corner, map_cells(targets.image_whwh, stride), self.side)
+        slack = (corner + self.side - chosen[..., 2:] / stride).clamp(min=0)
         shift = self.uniform(tuple(slack.shape), slack.device).to(slack.dtype) * slack
         return (corner - shift).floor().long().clamp(min=0), valid
 
     def random_patches(self, stride: int) -> Tensor:
         """(B, minimum, 2) int64 corners, uniform over the image."""
-        room = (map_cells(self.targets.image_whwh, stride) - PATCH).clamp(min=1)  # (B, 1, 2)
+        room = (map_cells(self.targets.image_whwh, stride) - self.side).clamp(min=1)  # (B, 1, 2)
         shape = (len(room), self.minimum, 2)
         # A draw next to 1 may round up to the excluded end.
         corner = (self.uniform(shape, room.device).to(room.dtype) * room).floor()
