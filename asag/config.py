@@ -103,6 +103,9 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
     # Memory format NHWC for the backbone: faster convolutions on GPUs with tensor cores.
     cfg.MODEL.CHANNELS_LAST = False
+    # Precision of convolutions and matrix products outside of training: "float32", "bfloat16" or
+    # "float16".
+    cfg.MODEL.INFERENCE_DTYPE = "float32"
     # torch.compile for backbone and stages. Pays off after a minute of compilation, on fixed sizes.
     cfg.MODEL.COMPILE = False
     # IoU threshold of class-wise non-maximum suppression on the detections, 0 to 1; 0 is off.

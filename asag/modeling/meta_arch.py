@@ -6,7 +6,7 @@ paper made; `SparseDetector` itself combines any rooms that fit.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -28,7 +28,9 @@ from .criterion import build_criterion
 from .matching import build_matcher
 from .neck import build_neck
 from .postprocess import select_detections
-from .registry import build_room
+from .registry import build_room, check_choice
+
+INFERENCE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @META_ARCH_REGISTRY.register()
@@ -55,6 +57,7 @@ class SparseDetector(nn.Module):
         nms_threshold: float = 0.0,
         softmax: bool = False,
         exact_padding: bool = False,
+        inference_dtype: torch.dtype | None = None,
         channels_last: bool = False,
         compile: bool = False,
     ) -> None:
@@ -72,8 +75,10 @@ class SparseDetector(nn.Module):
             nms_threshold: class-wise NMS on the detections; 0 is off.
             softmax: the class logits end with a background column.
             exact_padding: keep padding at zero throughout the backbone, a residual network.
+            inference_dtype: of autocast outside of training; None leaves the precision to the
+                caller.
             channels_last: run the backbone in the NHWC memory format.
-            compile: run backbone and stages through `torch.compile`.
+            compile: run backbone, encoder layers and stages through `torch.compile`.
         """
         super().__init__()
         self.backbone = backbone
@@ -86,21 +91,31 @@ class SparseDetector(nn.Module):
         self.top_k = top_k
         self.nms_threshold = nms_threshold
         self.softmax = softmax
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.inference_dtype = inference_dtype
+        self.memory_format = torch.contiguous_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.zero_padding = ZeroPadding(backbone) if exact_padding else None
         if channels_last:
-            self.backbone.to(memory_format=torch.channels_last)
+            self.use_channels_last()
         if compile:
-            # In place: parameter names stay as they are.
-            self.backbone.compile()
-            for stage in (*getattr(self.neck, "layers", ()), *self.roi_heads.stages):
-                stage.compile()
+            self.compile_parts()
+
+    def use_channels_last(self) -> None:
+        """Switches the backbone to the NHWC memory format."""
+        self.memory_format = torch.channels_last
+        self.backbone.to(memory_format=torch.channels_last)
+
+    def compile_parts(self) -> None:
+        """Compiles what does the work, in place: parameter names stay as they are."""
+        self.backbone.compile()
+        for stage in (*getattr(self.neck, "layers", ()), *self.roi_heads.stages):
+            stage.compile()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         cls.check_rooms(cfg)
+        check_choice("MODEL.INFERENCE_DTYPE", cfg.MODEL.INFERENCE_DTYPE, tuple(INFERENCE_DTYPES))
         model, backbone = cfg.MODEL, build_backbone(cfg)
         shape = backbone.output_shape()
         neck = build_neck(cfg, shape)
@@ -128,6 +143,7 @@ class SparseDetector(nn.Module):
             "nms_threshold": model.NMS_THRESH_TEST,
             "softmax": model.CRITERION.CLASS_LOSS == "softmax",
             "exact_padding": model.EXACT_PADDING,
+            "inference_dtype": INFERENCE_DTYPES[model.INFERENCE_DTYPE],
             "channels_last": model.CHANNELS_LAST,
             "compile": model.COMPILE,
         }
@@ -167,7 +183,8 @@ class SparseDetector(nn.Module):
         images = self.preprocess_images(batched_inputs)
         sizes = ImageSizes.from_images(images)
         targets = self.read_targets(batched_inputs, sizes) if self.training else None
-        predictions, losses = self.predict(images.tensor, sizes, targets)
+        with self._precision():
+            predictions, losses = self.predict(images.tensor, sizes, targets)
         if self.training:
             assignment = self.matcher(predictions, targets)
             return losses | self.criterion(predictions, targets, assignment)
@@ -182,6 +199,11 @@ class SparseDetector(nn.Module):
             {"instances": detector_postprocess(found, *_wanted_size(x, found))}
             for x, found in zip(batched_inputs, detections, strict=True)
         ]
+
+    def _precision(self) -> AbstractContextManager[None]:
+        if self.training or self.inference_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.inference_dtype)
 
     def predict(
         self, images: Tensor, sizes: ImageSizes, targets: Targets | None = None
