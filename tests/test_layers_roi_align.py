@@ -141,6 +141,14 @@ def test_strides_must_double(strides):
         PyramidRoIAlign(strides=strides)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_nan_boxes_do_not_raise_here(method):
+    # The matcher says what went wrong; pooling must let the predictions get that far.
+    boxes = torch.full((2, 3, 4), float("nan"))
+    pooler = PyramidRoIAlign(strides=STRIDES)
+    assert pooler(pooler.prepare(make_features(), method), boxes).shape == (6, 3, 7, 7)
+
+
 def test_adaptive_sampling_is_refused():
     with pytest.raises(ValueError, match="POOLER_SAMPLING_RATIO"):
         PyramidRoIAlign(strides=STRIDES, sampling_ratio=0)

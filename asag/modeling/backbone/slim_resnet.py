@@ -24,6 +24,10 @@ def build_slim_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
         raise ValueError(
             f"MODEL.SLIM_RESNET.BLOCKS is {slim.BLOCKS}; it must hold four positive numbers"
         )
+    if slim.NORM == "GN" and slim.WIDTH % 32:
+        raise ValueError(
+            f"MODEL.SLIM_RESNET.WIDTH is {slim.WIDTH}; with NORM 'GN' it must be a multiple of 32"
+        )
     stem = BasicStem(in_channels=input_shape.channels, out_channels=slim.WIDTH, norm=slim.NORM)
     stages, channels = [], slim.WIDTH
     for i, blocks in enumerate(slim.BLOCKS):
