@@ -99,8 +99,8 @@ class PyramidRoIAlign(nn.Module):
         self.level_eps = level_eps
 
     def assign_levels(self, boxes_xyxy: Tensor) -> Tensor:
-        """(...) index into the pyramid of boxes (..., 4) in pixels; degenerate and NaN boxes read the
-        finest."""
+        """(...) index into the pyramid of boxes (..., 4) in pixels; degenerate and NaN boxes read
+        the finest."""
         size = box_area(boxes_xyxy).clamp(min=0).sqrt()
         level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE + self.level_eps))
         level = level.clamp(self.min_level, self.max_level).nan_to_num(self.min_level)
