@@ -17,12 +17,13 @@ from ..registry import check_choice
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """ResNet of basic blocks with `MODEL.SLIM_RESNET` blocks and widths, outputs res2 to res5."""
+    """ResNet of basic blocks with `MODEL.SLIM_RESNET` blocks and widths, outputs res2 to the last
+    stage: res5, or an earlier one where fewer than four stages have blocks."""
     slim = cfg.MODEL.SLIM_RESNET
     check_choice("MODEL.SLIM_RESNET.NORM", slim.NORM, ("BN", "GN", "SyncBN"))
-    if len(slim.BLOCKS) != 4 or min(slim.BLOCKS) < 1:
+    if not 1 <= len(slim.BLOCKS) <= 4 or min(slim.BLOCKS) < 1:
         raise ValueError(
-            f"MODEL.SLIM_RESNET.BLOCKS is {slim.BLOCKS}; it must hold four positive numbers"
+            f"MODEL.SLIM_RESNET.BLOCKS is {slim.BLOCKS}; it must hold up to four positive numbers"
         )
     if slim.NORM == "GN" and slim.WIDTH % 32:
         raise ValueError(
@@ -43,12 +44,17 @@ def build_slim_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
             )
         )
         channels = out_channels
-    return ResNet(stem, stages, out_features=["res2", "res3", "res4", "res5"])
+    return ResNet(stem, stages, out_features=[f"res{i + 2}" for i in range(len(stages))])
 
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """`build_slim_resnet` under Detectron2's feature pyramid, outputs p2 to p6."""
+    blocks = cfg.MODEL.SLIM_RESNET.BLOCKS
+    if len(blocks) != 4:
+        raise ValueError(
+            f"MODEL.SLIM_RESNET.BLOCKS is {blocks}; a feature pyramid needs all four stages"
+        )
     return FPN(
         bottom_up=build_slim_resnet(cfg, input_shape),
         in_features=["res2", "res3", "res4", "res5"],
