@@ -1,12 +1,16 @@
 """Configuration: unknown keys, wrong values, numbers of the right type."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from asag import get_asag_cfg, load_config
+from asag.config_checks import RULES, Each, check_config
+from asag.engine.launch import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")
@@ -110,3 +114,113 @@ def test_slim_backbone_learns_in_every_norm(norm):
     body = model.backbone.bottom_up
     assert all(p.grad is not None for p in body.parameters())
     assert [features[f"p{i}"].shape[-1] for i in range(2, 7)] == [16, 8, 4, 2, 1]
+
+
+def numeric_keys():
+    """Keys of the library whose values are numbers or lists of numbers: new ones, and Detectron2's
+    with another default."""
+    theirs = dict(leaves(get_cfg()))
+    for key, value in leaves(get_asag_cfg()):
+        numbers = value if isinstance(value, list | tuple) else [value]
+        textual = any(isinstance(x, str | bool) for x in numbers)
+        if (key not in theirs or theirs[key] != value) and not textual:
+            yield key
+
+
+def leaves(node, prefix=""):
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def just_outside(rule):
+    """Values that the rule must refuse."""
+    if isinstance(rule, Each):
+        wrong = [(x,) * (rule.length or 1) for x in just_outside(rule.range)]
+        return [*wrong, (1,) * (rule.length + 1)] if rule.length else wrong
+    values = [math.nan, math.inf, "three", True]
+    if math.isfinite(rule.low):
+        values += [rule.low if rule.without_low else rule.low - 1e-3, int(rule.low) - 1]
+    if math.isfinite(rule.high):
+        values += [rule.high if rule.without_high else rule.high + 1e-3, int(rule.high) + 1]
+    if rule.whole:
+        values.append(max(rule.low, 1) + 0.5)
+    return values
+
+
+def with_value(cfg, key, value):
+    *parents, leaf = key.split(".")
+    node = cfg
+    for name in parents:
+        node = node[name]
+    node[leaf] = value
+    return cfg
+
+
+def test_every_number_of_the_library_has_a_range():
+    missing = sorted(set(numeric_keys()) - RULES.keys())
+    assert missing == [], "add a line each to RULES in asag/config_checks.py"
+
+
+def test_every_range_is_of_a_key_and_holds_its_default():
+    check_config(get_asag_cfg())
+    assert RULES.keys() <= dict(leaves(get_asag_cfg())).keys()
+
+
+@pytest.mark.parametrize("key", RULES)
+def test_values_out_of_range_are_refused_with_key_and_range(key):
+    for value in just_outside(RULES[key]):
+        cfg = with_value(get_asag_cfg(), key, value)
+        with pytest.raises(ValueError) as caught:
+            check_config(cfg)
+        assert str(caught.value) == f"{key} is {value!r}; it must be {RULES[key].text}"
+
+
+@pytest.mark.parametrize("key", RULES)
+def test_bounds_that_belong_to_a_range_pass(key):
+    rule = RULES[key]
+    numbers = rule.range if isinstance(rule, Each) else rule
+    for bound, out in ((numbers.low, numbers.without_low), (numbers.high, numbers.without_high)):
+        if math.isfinite(bound) and not out:
+            value = type(bound)(bound)
+            listed = (value,) * (rule.length or 1) if isinstance(rule, Each) else value
+            check_config(with_value(get_asag_cfg(), key, listed))
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("MODEL.PROPOSAL_GENERATOR.NUM_QUERIES", "0"),
+        ("MODEL.ROI_HEADS.NUM_CLASSES", "0"),
+        ("MODEL.PIXEL_STD", "[58.0, 0.0, 57.0]"),
+        ("MODEL.MATCHER.L1_COST", "-1"),
+        ("MODEL.CRITERION.FOCAL_ALPHA", "2"),
+        ("MODEL.DECODER.PRIOR_PROB", "0"),
+        ("SOLVER.BASE_LR", "0"),
+        ("INPUT.FORMAT", "XYZ"),
+    ],
+)
+def test_no_model_is_built_from_a_value_out_of_range(key, value):
+    with pytest.raises(ValueError, match=rf"{key} is .*; it must be "):
+        build(key, value)
+
+
+def test_all_wrong_values_are_named_at_once():
+    options = ["MODEL.DECODER.FFN_DIM", "0", "TEST.DETECTIONS_PER_IMAGE", "0"]
+    with pytest.raises(ValueError, match=r"FFN_DIM is 0.*\n.*DETECTIONS_PER_IMAGE is 0"):
+        build(*options)
+
+
+def test_a_configuration_without_the_keys_says_how_to_get_them():
+    with pytest.raises(KeyError, match=r"add_asag_config"):
+        check_config(get_cfg())
+
+
+def test_the_command_line_checks_before_it_touches_data(tmp_path, capsys):
+    folder = tmp_path / "absent"
+    words = ["--data", str(folder), "OUTPUT_DIR", str(tmp_path / "out"), "SOLVER.EPOCHS", "-1"]
+    assert main(words) == 2
+    assert "SOLVER.EPOCHS is -1.0; it must be 0 or more" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

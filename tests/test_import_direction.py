@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "asag"
 LEVELS = {
     "asag.files": 0,
     "asag.config": 0,
+    "asag.config_checks": 0,
     "asag.structures": 0,
     "asag.data": 0,
     "asag.checkpoint": 0,

@@ -218,3 +218,12 @@ def test_every_configuration_trains_a_step(path):
     assert all(v.isfinite() for v in losses.values())
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_a_label_without_a_class_names_image_label_and_key(label):
+    model, batch = build().train(), [sample(seed=1), sample(seed=2)]
+    batch[1]["instances"].gt_classes[1] = label
+    message = rf"'2\.jpg' has the label {label}, but MODEL\.ROI_HEADS\.NUM_CLASSES is 5"
+    with pytest.raises(ValueError, match=message):
+        model(batch)

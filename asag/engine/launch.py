@@ -19,6 +19,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from ..config import load_config
+from ..config_checks import check_config
 from ..data import (
     CocoSplit,
     RegisteredFolder,
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         cfg, recipe = configure(args)
+        check_config(cfg)
         say = print if _is_first() else _silent
         cuda = choose_device(cfg, args.num_gpus, say)
         registered = register_data(args, cfg.OUTPUT_DIR)

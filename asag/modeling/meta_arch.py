@@ -22,6 +22,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
+from ..config_checks import check_config
 from ..structures import ImageSizes, Predictions, Queries, Targets
 from .backbone import ZeroPadding
 from .criterion import build_criterion
@@ -50,6 +51,7 @@ class SparseDetector(nn.Module):
         roi_heads: nn.Module,
         matcher: nn.Module,
         criterion: nn.Module,
+        num_classes: int,
         pixel_mean: tuple[float, ...],
         pixel_std: tuple[float, ...],
         input_format: str = "RGB",
@@ -69,6 +71,7 @@ class SparseDetector(nn.Module):
             roi_heads: `(features, Queries, sizes) -> Predictions`.
             matcher: `(predictions, targets) -> assignment`.
             criterion: `(predictions, targets, assignment) -> losses`.
+            num_classes: K.
             pixel_mean, pixel_std: of the image channels, in the order of `input_format`.
             input_format: "RGB" or "BGR", the colour order of the input tensors.
             top_k: detections an image.
@@ -87,6 +90,7 @@ class SparseDetector(nn.Module):
         self.roi_heads = roi_heads
         self.matcher = matcher
         self.criterion = criterion
+        self.num_classes = num_classes
         self.input_format = input_format
         self.top_k = top_k
         self.nms_threshold = nms_threshold
@@ -114,6 +118,7 @@ class SparseDetector(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        check_config(cfg)
         cls.check_rooms(cfg)
         check_choice("MODEL.INFERENCE_DTYPE", cfg.MODEL.INFERENCE_DTYPE, tuple(INFERENCE_DTYPES))
         model, backbone = cfg.MODEL, build_backbone(cfg)
@@ -136,6 +141,7 @@ class SparseDetector(nn.Module):
             ),
             "matcher": build_matcher(cfg),
             "criterion": build_criterion(cfg),
+            "num_classes": model.ROI_HEADS.NUM_CLASSES,
             "pixel_mean": tuple(model.PIXEL_MEAN),
             "pixel_std": tuple(model.PIXEL_STD),
             "input_format": cfg.INPUT.FORMAT,
@@ -250,6 +256,15 @@ class SparseDetector(nn.Module):
                 raise ValueError(
                     f"training input {_name(x)!r} has no 'instances'; use the training mapper "
                     "(is_train=True)"
+                )
+            # The labels of the mapper are on the host, where NumPy looks at them.
+            labels = x["instances"].gt_classes.numpy(force=True)
+            wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+            if wrong.size:
+                raise ValueError(
+                    f"training input {_name(x)!r} has the label {int(wrong[0])}, but "
+                    f"MODEL.ROI_HEADS.NUM_CLASSES is {self.num_classes}: labels are 0 to "
+                    f"{self.num_classes - 1}. Set the key to the number of classes of the data"
                 )
             instances.append(x["instances"])
         return Targets.from_instances(instances, sizes.whwh)
