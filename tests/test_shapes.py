@@ -84,7 +84,7 @@ def test_standard_set_covers_what_it_promises(tmp_path):
     assert min(labels.values()) > 0.1 * len(boxes)
     assert 0 < sum(not s["annotations"] for s in samples) < 20
     sides = boxes[:, 2:].max(axis=1)
-    assert np.count_nonzero(sides < 16) > 20
+    assert np.count_nonzero(sides < 32) > 20
     assert np.count_nonzero(sides > 80) > 20
     assert (boxes >= 0).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= [160, 128]).all()

@@ -55,8 +55,8 @@ class ShapesSpec:
     class_names: tuple[str, ...] = ("circle", "square", "triangle", "star", "ring")
     height: int = 128
     width: int = 160
-    objects: tuple[int, int] = (1, 10)
-    sizes: tuple[float, float] = (0.08, 0.9)
+    objects: tuple[int, int] = (1, 8)
+    sizes: tuple[float, float] = (0.15, 0.9)
     empty: float = 0.04
     min_visible: float = 0.35
     heaps: int = 0
