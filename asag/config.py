@@ -18,6 +18,7 @@ def add_asag_config(cfg: CN) -> None:
     _add_model(cfg)
     _add_decoder(cfg)
     _add_transformer(cfg)
+    _add_asag(cfg)
     _add_matching(cfg)
     _add_solver(cfg)
     _add_test(cfg)
@@ -217,6 +218,84 @@ def _add_transformer(cfg: CN) -> None:
     d.SPATIAL_PROJECTION = "diagonal"
 
 
+def _add_asag(cfg: CN) -> None:
+    """Adaptive sparse anchors, and what the decoders of ASAG add to MODEL.DECODER."""
+    d = cfg.MODEL.DECODER
+    # "ParallelHeads": kind of the stages, "dynamic_conv" (ASAG-S), "adamixer" (A) or "deformable"
+    # (D); auxiliary copies of the first stage, which only train; and the copy that detects, -1 is
+    # the last.
+    d.STAGE = "dynamic_conv"
+    d.NUM_AUXILIARY = 0
+    d.MAIN_COPY = -1
+    # AdaMixer stage: groups of channels, points sampled in each, points after mixing.
+    d.MIXER_GROUPS = 4
+    d.MIXER_IN_POINTS = 32
+    d.MIXER_OUT_POINTS = 128
+    # Deformable attention, in encoder and decoder: points of a head and level.
+    d.DEFORMABLE_POINTS = 4
+    cfg.MODEL.DEFORMABLE_ENCODER = CN()
+    # Maps of the backbone, finest first, to which a coarser one is added, and encoder layers.
+    cfg.MODEL.DEFORMABLE_ENCODER.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.DEFORMABLE_ENCODER.NUM_LAYERS = 6
+
+    cfg.MODEL.ASAG = CN()
+    a = cfg.MODEL.ASAG
+    # Maps of strides 8, 16 and 32 that anchors are predicted from.
+    a.IN_FEATURES = ["p3", "p4", "p5"]
+    # Channels of the compressed maps, and cells of a patch's side.
+    a.COMPRESSED_DIM = 8
+    a.PATCH_SIZE = 15
+    # Anchors of each of the five patches of P5 and P6 (n1), and of each probed patch (n2).
+    a.FIXED_ANCHORS = 50
+    a.PATCH_ANCHORS = 20
+    # Anchors with a location score above ETA_F are kept; a negative value keeps all, so that
+    # MAX_ANCHORS alone decides (fixed top-k). Those between ETA_L and ETA_H are probed. Patches
+    # that overlap by an IoU above ETA_IOU are thinned out.
+    a.ETA_F = 0.1
+    a.ETA_L = 0.1
+    a.ETA_H = 0.7
+    a.ETA_IOU = 0.25
+    # Fewest and most anchors of an image.
+    a.MIN_ANCHORS = 5
+    a.MAX_ANCHORS = 200
+    # Anchors with a smaller side score 0, in pixels of the network input.
+    a.MIN_SIDE = 3.0
+    # Most patches of an image and level; 0 is no limit.
+    a.MAX_PATCHES = 0
+    # Probed anchors are replaced by what their patches predict.
+    a.REPLACE = True
+    # Finest level that inference probes: 3, 4, or 5 for none.
+    a.FINEST_LEVEL_TEST = 3
+    # Fast inference: images with fewer than 3 selected anchors are not probed further, others by at
+    # most 15 patches a level.
+    a.FAST_TEST = False
+    # Slots of patches (an image and level) and of anchors (an image), so that every shape is fixed
+    # and the host never waits; 0 and 0 take what the fullest image of the batch needs. What exceeds
+    # the slots is lost, the worst first.
+    a.PATCH_CAPACITY = 0
+    a.ANCHOR_CAPACITY = 0
+    # Patches that training has at least in each image on P4 and on P3 (N_TP).
+    a.MIN_TRAIN_PATCHES = 4
+    # Training passes at the start that probe nothing and learn from ground-truth patches: about one
+    # epoch (7330 iterations of 16 images on COCO).
+    a.GT_WARMUP_ITERS = 7330
+    # Supervise flipped P6 patches with wrong boxes, as the published training did.
+    a.RELEASED_FLIP = False
+    # Coefficients of the anchors' losses.
+    a.CLASS_WEIGHT = 8.0
+    a.L1_WEIGHT = 4.0
+    a.GIOU_WEIGHT = 2.0
+    # Inner width of the proposal block's feed-forward network, and depth of its towers.
+    a.FFN_DIM = 2048
+    a.NUM_CLS_LAYERS = 1
+    a.NUM_REG_LAYERS = 3
+    # Noised copies of ground truths that train beside the anchors, 0 is off (the paper: 200); the
+    # noise of their boxes in shares of the sides, and its decrease a training pass.
+    a.NUM_DENOISING = 0
+    a.DENOISING_NOISE = 0.4
+    a.DENOISING_NOISE_DECAY = 0.0
+
+
 def _add_matching(cfg: CN) -> None:
     cfg.MODEL.MATCHER = CN()
     m = cfg.MODEL.MATCHER
@@ -298,7 +377,7 @@ def _add_solver(cfg: CN) -> None:
     s.OPTIMIZER = "ADAMW"
     s.BASE_LR = 2.5e-5
     s.WEIGHT_DECAY = 1e-4
-    # Learning rate of the backbone as a multiple of BASE_LR.
+    # Learning rate of the backbone (without its feature pyramid) as a multiple of BASE_LR.
     s.BACKBONE_MULTIPLIER = 1.0
     # "full_model": one L2 norm over all gradients, as all authors of this family do.
     s.CLIP_GRADIENTS.ENABLED = True

@@ -15,7 +15,9 @@ from torch import nn
 
 from ..modeling.registry import check_choice
 
-BACKBONE_PREFIX = "backbone."
+# Detectron2 keeps a feature pyramid inside of the backbone module, but no author of this family
+# counts it as backbone when it comes to learning rates.
+BACKBONE_PREFIX, PYRAMID_PREFIX = "backbone.", "backbone.fpn_"
 
 
 def parameter_groups(
@@ -47,7 +49,8 @@ def parameter_groups(
         if not parameter.requires_grad or id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        multiplier = backbone_multiplier if name.startswith(BACKBONE_PREFIX) else 1.0
+        own = name.startswith(BACKBONE_PREFIX) and not name.startswith(PYRAMID_PREFIX)
+        multiplier = backbone_multiplier if own else 1.0
         groups.setdefault(base_lr * multiplier, []).append(parameter)
     return [
         {"params": parameters, "lr": lr, "weight_decay": weight_decay}

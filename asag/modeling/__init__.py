@@ -2,6 +2,7 @@
 
 from . import backbone, heads, neck, proposals
 from .meta_arch import (
+    ASAG,
     DETR,
     ConditionalDETR,
     DynamicSparseRCNN,
@@ -11,6 +12,7 @@ from .meta_arch import (
 )
 
 __all__ = [
+    "ASAG",
     "DETR",
     "ConditionalDETR",
     "DynamicSparseRCNN",

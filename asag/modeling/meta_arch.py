@@ -323,6 +323,24 @@ class IoUEnhancedSparseRCNN(SparseDetector):
 
 
 @META_ARCH_REGISTRY.register()
+class ASAG(SparseDetector):
+    """One decoder stage on adaptive sparse anchors, with Query Weighting (Fu et al., ICCV 2023).
+
+    `MODEL.DECODER.STAGE` tells ASAG-A, -S and -D apart.
+    """
+
+    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+        "MODEL.PROPOSAL_GENERATOR.NAME": ("AdaptiveSparseAnchors",),
+        "MODEL.ROI_HEADS.NAME": ("ParallelHeads",),
+        "MODEL.DECODER.SELF_ATTENTION": ("msa",),
+        "MODEL.DECODER.DCW": (False,),
+        "MODEL.DECODER.DISENTANGLE": ("none",),
+        "MODEL.MATCHER.NAME": ("HungarianMatcher",),
+        "MODEL.CRITERION.NAME": ("QueryWeightingCriterion", "SetCriterion"),
+    }
+
+
+@META_ARCH_REGISTRY.register()
 class DETR(SparseDetector):
     """Transformer encoder and decoder on one feature map, learned object queries (Carion et al.,
     ECCV 2020)."""

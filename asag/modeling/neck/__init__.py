@@ -1,6 +1,7 @@
 """Necks: what stands between the backbone and everything that reads features."""
 
 from .build import NECK_REGISTRY, build_neck
+from .deformable_encoder import DeformableEncoder
 from .transformer_encoder import TransformerEncoder
 
-__all__ = ["NECK_REGISTRY", "TransformerEncoder", "build_neck"]
+__all__ = ["NECK_REGISTRY", "DeformableEncoder", "TransformerEncoder", "build_neck"]

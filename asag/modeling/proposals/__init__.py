@@ -1,7 +1,8 @@
 """Proposal generators: where queries come from."""
 
+from .asag import AdaptiveSparseAnchors
 from .dynamic import DynamicProposals
 from .learned import LearnedProposals
 from .object_queries import ObjectQueries
 
-__all__ = ["DynamicProposals", "LearnedProposals", "ObjectQueries"]
+__all__ = ["AdaptiveSparseAnchors", "DynamicProposals", "LearnedProposals", "ObjectQueries"]

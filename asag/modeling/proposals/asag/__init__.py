@@ -1,1 +1,5 @@
 """Adaptive sparse anchors (ASAG): as many anchors as the image needs, from its content alone."""
+
+from .generator import AdaptiveSparseAnchors
+
+__all__ = ["AdaptiveSparseAnchors"]
