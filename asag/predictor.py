@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
@@ -22,6 +21,7 @@ from detectron2.structures import Instances
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from .checkpoint.loading import PublishedCheckpointer
 from .data.mapper import eval_augmentations
 
 logger = logging.getLogger(__name__)
@@ -167,8 +167,9 @@ class Predictor:
                 yield members[start : start + self.batch_size]
 
 
-class _StrictCheckpointer(DetectionCheckpointer):
-    """Refuses weights that leave a part of the model at its random start."""
+class _StrictCheckpointer(PublishedCheckpointer):
+    """Reads the papers' published weights too, and refuses weights that leave a part of the model
+    at its random start."""
 
     def _load_model(self, checkpoint: Any) -> Any:
         incompatible = super()._load_model(checkpoint)

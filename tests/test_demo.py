@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from asag import load_config
+from asag.checkpoint import SPARSE_RCNN
 from asag.predictor import Predictor, find_class_names, load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -182,6 +183,28 @@ class TestWeights:
         (tmp_path / "junk.pth").write_bytes(b"junk")
         with pytest.raises(ValueError, match=r"cannot read weights .*junk\.pth"):
             load_weights(torch.nn.Linear(1, 1), str(tmp_path / "junk.pth"))
+
+    def test_published_names(self, tmp_path, weights):
+        state = torch.load(weights)["model"]
+        published = SPARSE_RCNN.to_theirs(state)
+        assert published.keys() != state.keys()
+        torch.save({"model": published, "epoch": 36}, tmp_path / "published.pth")
+        found = [
+            Predictor.from_config(tiny_config("MODEL.WEIGHTS", str(path)))([picture()])[0]
+            for path in (weights, tmp_path / "published.pth")
+        ]
+        assert len(found[0]) > 0
+        assert_same(*found, tolerance=0)
+
+    def test_published_weights_of_other_classes(self, tmp_path, weights):
+        published = SPARSE_RCNN.to_theirs(torch.load(weights)["model"])
+        torch.save({"model": published}, tmp_path / "published.pth")
+        cfg = tiny_config(
+            *("MODEL.WEIGHTS", str(tmp_path / "published.pth")),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", "7"),
+        )
+        with pytest.raises(ValueError, match=r"is \(5, 64\) in the file, \(7, 64\) in the model"):
+            Predictor.from_config(cfg)
 
     def test_other_number_of_classes(self, weights):
         cfg = tiny_config("MODEL.WEIGHTS", str(weights), "MODEL.ROI_HEADS.NUM_CLASSES", "7")

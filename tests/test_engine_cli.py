@@ -83,6 +83,44 @@ def test_training_then_evaluation(tmp_path):
     assert "nothing left to train: 4 of 4 iterations" in (tmp_path / "log.txt").read_text()
 
 
+def test_augmented_evaluation(tmp_path):
+    """One copy of the tested size changes no number; flips and further sizes see other pictures."""
+    register_tiny_shapes()
+    sizes = {"TEST__AUG__ENABLED": True, "TEST__AUG__MAX_SIZE": 200, "TEST__AUG__MERGE_IOU": 1.0}
+    one = sizes | {"TEST__AUG__MIN_SIZES": "(64,)", "TEST__AUG__FLIP": False}
+    # Weights that have learnt a little: all equal scores would hide what is compared.
+    training = one | {"SOLVER__MAX_ITER": 2}
+    assert main(arguments(tmp_path, **training)) == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert log.splitlines()[-1].count("box AP") == 2, "plain and augmented, after training too"
+
+    weights = {"MODEL__WEIGHTS": tmp_path / "model_final.pth"}
+    assert main(arguments(tmp_path / "one", "--eval-only", **one, **weights)) == 0
+    plain, augmented = detections(tmp_path / "one")
+    assert len(plain) == len(augmented) > 0
+    for a, b in zip(plain, augmented, strict=True):
+        assert (a["image_id"], a["category_id"]) == (b["image_id"], b["category_id"])
+        assert [a["score"], *a["bbox"]] == pytest.approx([b["score"], *b["bbox"]], abs=1e-2)
+    line = (tmp_path / "one/log.txt").read_text().splitlines()[-1]
+    assert len(set(re.findall(r"box AP (\d+\.\d+)", line))) == 1
+
+    several = sizes | {"TEST__AUG__MIN_SIZES": "(48, 96)", "TEST__AUG__MERGE": "vote"}
+    assert main(arguments(tmp_path / "two", "--eval-only", **several, **weights)) == 0
+    again, augmented = detections(tmp_path / "two")
+    assert again == plain and augmented and augmented != plain
+
+
+def detections(folder: Path) -> list[list[dict]]:
+    """What an evaluation wrote without and with augmentation, in one order."""
+    return [
+        sorted(
+            json.loads((folder / name / "coco_instances_results.json").read_text()),
+            key=lambda x: (x["image_id"], -x["score"], x["category_id"]),
+        )
+        for name in ("inference", "inference_TTA")
+    ]
+
+
 def test_own_data_in_one_argument(tmp_path, coco_folder, capsys):
     argv = arguments(tmp_path, "--data", str(coco_folder), MODEL__ROI_HEADS__NUM_CLASSES=80)
     argv += ["MODEL.PROPOSAL_GENERATOR.NUM_QUERIES", "2"]
@@ -127,6 +165,11 @@ def test_folder_without_annotations(tmp_path, capsys):
         ((), {"DATASETS__TRAIN": "('coco_2017_train',)"}, "DETECTRON2_DATASETS"),
         ((), {"SOLVER__BASE_LT": 1}, "SOLVER.BASE_LT .* did you mean SOLVER.BASE_LR"),
         ((), {"SOLVER__BASE_LR": -1.0}, "SOLVER.BASE_LR is -1.0"),
+        (
+            (),
+            {"TEST__AUG__ENABLED": True, "TEST__AUG__SIZE_RANGES": "((0, 96),)"},
+            "TEST.AUG.SIZE_RANGES is .* each of the 9",
+        ),
         ((), {"MODEL__WEIGHTS": "/nowhere/model.pth"}, "MODEL.WEIGHTS = /nowhere/model.pth"),
         (("--eval-only",), {}, "--eval-only needs the weights"),
         (("--eval-only", "--resume"), {}, "there is no checkpoint in OUTPUT_DIR"),

@@ -136,7 +136,13 @@ def test_top_k_limits_the_answer_best_first() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("MERGE", "mean"), ("SIZE_RANGES", ((0, 10),)), ("BATCH_SIZE", 0)],
+    [
+        ("MERGE", "mean"),
+        ("SIZE_RANGES", ((0, 10),)),
+        ("MIN_SIZES", ()),
+        ("SIZE_RANGES", (1, 2, 3, 4)),
+        ("BATCH_SIZE", 0),
+    ],
 )
 def test_wrong_values_name_their_key(option: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"TEST.AUG.{option}"):
@@ -148,6 +154,17 @@ def test_training_mode_is_refused() -> None:
     model.train()
     with pytest.raises(RuntimeError, match="eval"):
         detector([as_input(picture())])
+
+
+def test_the_mode_of_the_model_outlives_an_evaluation() -> None:
+    for training in (True, False):
+        model = ColourDetector().train(training)
+        detector = DetectorWithTTA(tta_cfg(), model)
+        before = detector.training
+        detector.eval()
+        assert not model.training
+        detector.train(before)
+        assert model.training is training
 
 
 def iou(a: list[float], b: list[float]) -> float:

@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from ..config import load_config
 from ..config_checks import check_config
@@ -28,11 +29,13 @@ from ..data import (
     register_coco_splits,
 )
 from ..files import atomic_writer
+from ..modeling.tta import check_test_augmentation
 from . import datasets
 from .checkpointer import AtomicCheckpointer
 from .hooks import BEST_WEIGHTS, FINAL_WEIGHTS, box_ap
 from .loss_log import NonFiniteLossError
 from .processes import launch, started_by_torchrun
+from .step import unwrap
 from .trainer import Trainer
 
 DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
@@ -232,12 +235,15 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
             file.write(trainer.cfg.dump())
     trainer.resume_or_load(resume=args.resume)
     results = trainer.train()
-    if results is None or not comm.is_main_process():
+    if results is None:
+        return
+    augmented = _test_augmented(cfg, unwrap(trainer.model))
+    if not comm.is_main_process():
         return
     best = trainer.best
     best_text = f" (best {best.ap:.2f} after {best.iterations} iterations)" if best else ""
     places = _places(cfg, FINAL_WEIGHTS, *([BEST_WEIGHTS] if best else []))
-    logger.info(f"done: {_ap_text(results)}{best_text}. {places}")
+    logger.info(f"done: {_ap_text(results)}{best_text}{augmented}. {places}")
 
 
 def evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
@@ -256,6 +262,8 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     _check_weights(cfg)
     datasets.check_registered(cfg, need_train=False)
     datasets.check_classes(cfg)
+    if cfg.TEST.AUG.ENABLED:
+        check_test_augmentation(cfg)
     model = Trainer.build_model(cfg)
     checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
     if args.resume and not checkpointer.has_checkpoint():
@@ -265,8 +273,19 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     if trained and data and list(trained) != data:
         logger.warning(f"the weights were trained on the classes {trained}, the data has {data}")
     results = Trainer.test(cfg, model)
+    augmented = _test_augmented(cfg, model)
     if comm.is_main_process():
-        logger.info(f"done: {_ap_text(results)}. {_places(cfg)}")
+        logger.info(f"done: {_ap_text(results)}{augmented}. {_places(cfg)}")
+
+
+def _test_augmented(cfg: CfgNode, model: nn.Module) -> str:
+    """With TEST.AUG.ENABLED evaluates once more, with test-time augmentation; says what came
+    out."""
+    if not cfg.TEST.AUG.ENABLED:
+        return ""
+    results = Trainer.test_with_TTA(cfg, model)
+    plain = {key.removesuffix("_TTA"): value for key, value in results.items()}
+    return f", with test-time augmentation {_ap_text(plain)}"
 
 
 def complain(error: Exception) -> int:

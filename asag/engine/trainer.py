@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from ..data import SparseDetectionMapper, build_train_loader
+from ..modeling.tta import DetectorWithTTA, check_test_augmentation
 from . import datasets
 from .checkpointer import AtomicCheckpointer
 from .hooks import BestResult, Checkpointing, Evaluation
@@ -74,6 +75,8 @@ class Trainer(DefaultTrainer):
         _check_batch(cfg)
         datasets.check_registered(cfg, need_train=not own)
         datasets.check_classes(cfg)
+        if cfg.TEST.AUG.ENABLED:
+            check_test_augmentation(cfg)
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -142,9 +145,12 @@ class Trainer(DefaultTrainer):
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """By the data set's `evaluator_type`; writes into OUTPUT_DIR/inference."""
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference")
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """By the data set's `evaluator_type`; writes into `output_folder`, default
+        OUTPUT_DIR/inference."""
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
         return datasets.build_evaluator(dataset_name, folder)
@@ -285,6 +291,21 @@ class Trainer(DefaultTrainer):
         if cfg.TEST.NUM_PICTURES > 0 and cfg.DATASETS.TEST and comm.is_main_process():
             save_pictures(cfg, model, cfg.DATASETS.TEST[0], Path(cfg.OUTPUT_DIR) / "pictures")
         return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """Evaluates with test-time augmentation (TEST.AUG.*); writes into OUTPUT_DIR/inference_TTA.
+
+        Returns:
+            As `test`, every first key with `_TTA` behind it.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.INPUT.MIN_SIZE_TEST = 0  # the original images: the wrapper resizes them
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = super().test(cfg, DetectorWithTTA(cfg, model), evaluators)
+        return {f"{key}_TTA": value for key, value in results.items()}
 
     # Checkpoints.
 

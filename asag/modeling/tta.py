@@ -67,16 +67,13 @@ class DetectorWithTTA(nn.Module):
         self.size_ranges = tuple(size_ranges)
         self.batch_size = batch_size
         self.input_format = input_format
+        # Whoever changes the mode of the wrapper and restores it restores the model's.
+        self.train(model.training)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        check_test_augmentation(cfg)
         aug = cfg.TEST.AUG
-        check_choice("TEST.AUG.MERGE", aug.MERGE, ("nms", "vote"))
-        if len(aug.SIZE_RANGES) not in (0, len(aug.MIN_SIZES)):
-            raise ValueError(
-                f"TEST.AUG.SIZE_RANGES has {len(aug.SIZE_RANGES)} entries for "
-                f"{len(aug.MIN_SIZES)} TEST.AUG.MIN_SIZES; give one (low, high) for each, or ()"
-            )
 
         def merge(found: Detections) -> Detections:
             if aug.MERGE == "nms":
@@ -145,6 +142,20 @@ class DetectorWithTTA(nn.Module):
         low, high = self.size_ranges[index]
         area = box_area(found.pred_boxes.tensor)
         return found[(area > low**2) & (area < high**2)]
+
+
+def check_test_augmentation(cfg: CfgNode) -> None:
+    """Raises ValueError that names the first of the keys TEST.AUG.* that do not fit together."""
+    aug = cfg.TEST.AUG
+    check_choice("TEST.AUG.MERGE", aug.MERGE, ("nms", "vote"))
+    if not aug.MIN_SIZES:
+        raise ValueError("TEST.AUG.MIN_SIZES is empty; name the short sides to test at")
+    pairs = all(isinstance(x, list | tuple) and len(x) == 2 for x in aug.SIZE_RANGES)
+    if len(aug.SIZE_RANGES) not in (0, len(aug.MIN_SIZES)) or not pairs:
+        raise ValueError(
+            f"TEST.AUG.SIZE_RANGES is {aug.SIZE_RANGES}; it must be (), or one (low, high) for "
+            f"each of the {len(aug.MIN_SIZES)} TEST.AUG.MIN_SIZES"
+        )
 
 
 def _in_original(found: Instances, transforms: TransformList) -> Detections:
