@@ -15,7 +15,8 @@ A study is a yaml file:
     per_stage: true                                     # also the AP of each stage's predictions
 
 Runs are independent processes, a few at a time, each with one thread. A finished run is not
-repeated, an interrupted one is resumed. OUTPUT holds one folder a run, `results.json` and `table.md`.
+repeated, an interrupted one is resumed, and a failed one does not stop the others. OUTPUT holds one
+folder a run, `results.json` and `table.md`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,9 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDY_KEYS = {"config", "seeds", "options", "variants", "data", "per_stage", "metrics"}
+REQUIRED = {"config", "seeds", "variants", "data"}
+STUDY_KEYS = REQUIRED | {"options", "per_stage", "metrics"}
+DEFAULT_METRICS = ("AP", "AP50", "AP75", "mMR", "Recall")
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,22 @@ class Run:
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """Reads a study; raises ValueError naming a key that is missing or unknown."""
+    """Reads a study.
+
+    Raises:
+        ValueError: a key is missing, unknown or empty, or the configuration does not exist.
+    """
     study = yaml.safe_load(path.read_text())
+    if not isinstance(study, dict):
+        raise ValueError(f"{path}: expected keys and values, among them {sorted(REQUIRED)}")
     if unknown := study.keys() - STUDY_KEYS:
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {sorted(STUDY_KEYS)}")
-    if missing := {"config", "seeds", "variants", "data"} - study.keys():
-        raise ValueError(f"{path}: missing keys {sorted(missing)}")
+    if missing := [key for key in sorted(REQUIRED) if not study.get(key)]:
+        raise ValueError(f"{path}: missing or empty keys {missing}")
+    if not (ROOT / study["config"]).is_file():
+        raise ValueError(f"{path}: config {study['config']} does not exist below {ROOT}")
+    for key in ("variants", "data"):  # "plain:" with nothing behind it is the plain variant
+        study[key] = {name: value or {} for name, value in study[key].items()}
     return study
 
 
@@ -86,51 +100,73 @@ def plan_runs(study: dict[str, Any], output: Path) -> list[Run]:
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
-    """The newest evaluation in a run's `metrics.json`."""
+    """The evaluation at the end of a run's `metrics.json`; empty if the run broke off before it."""
+    lines = (folder / "metrics.json").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    end = max((record["iteration"] for record in records), default=0)
     found: dict[str, float] = {}
-    for line in (folder / "metrics.json").read_text().splitlines():
-        found.update({k: v for k, v in json.loads(line).items() if k.startswith("bbox/")})
+    for record in records:
+        if record["iteration"] == end:
+            found.update({k: v for k, v in record.items() if k.startswith("bbox/")})
     return {k.removeprefix("bbox/"): v for k, v in found.items()}
 
 
-def train_net(arguments: list[str], log: Path) -> None:
-    """Runs `train_net.py` with one thread; raises RuntimeError with the end of its log."""
+def run_script(script: str, arguments: list[str], log: Path) -> None:
+    """Runs a script of this checkout with one thread.
+
+    Raises:
+        RuntimeError: it failed; the message ends like its log.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / script), *arguments]
     with log.open("a") as stream:
-        command = [sys.executable, str(ROOT / "train_net.py"), *arguments]
         status = subprocess.run(command, stdout=stream, stderr=stream, env=environment, cwd=ROOT)
     if status.returncode:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise RuntimeError(f"{' '.join(command)} failed; the end of {log}:\n{tail}")
 
 
-def execute(run: Run, num_stages: int) -> None:
+def execute(run: Run, per_stage: bool) -> None:
     """Trains and evaluates a run unless its result is there already.
 
-    `num_stages` > 0 also evaluates the detector cut off after each stage.
+    `per_stage` also evaluates the detector cut off after each stage.
     """
     if run.result_file.is_file():
         return
-    train_net(["--resume", *run.command], run.folder / "study.log")
+    run_script("train_net.py", ["--resume", *run.command], run.folder / "study.log")
     result: dict[str, Any] = {"metrics": last_metrics(run.folder)}
-    if num_stages:
-        result["per_stage"] = [stage_metrics(run, s + 1) for s in range(num_stages)]
+    if per_stage:
+        result["per_stage"] = evaluate(run)
+    if not result["metrics"]:  # broken off between the last step and its evaluation
+        result["metrics"] = (result.get("per_stage") or evaluate(run, "--last-only"))[-1]
     partial = run.result_file.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(run.result_file)
     print(f"{run.data} {run.variant} seed {run.seed}: {result['metrics']}", flush=True)
 
 
-def stage_metrics(run: Run, stages: int) -> dict[str, float]:
-    """Metrics of the trained detector with only its first `stages` stages."""
-    folder = run.folder / f"first_{stages}_stages"
-    options = list(run.command)
-    options[options.index("OUTPUT_DIR") + 1] = str(folder)
-    options += ["MODEL.DECODER.NUM_STAGES", str(stages)]
-    options += ["MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
-    train_net(["--eval-only", *options], folder / "study.log")
-    return last_metrics(folder)
+def evaluate(run: Run, *options: str) -> list[dict[str, float]]:
+    """Metrics of the trained detector by stage, see `tools/stage_metrics.py`."""
+    output = run.folder / "stages.json"
+    weights = ["MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
+    arguments = ["--output", str(output), *options, *run.command, *weights]
+    run_script("tools/stage_metrics.py", arguments, run.folder / "study.log")
+    return json.loads(output.read_text())
+
+
+def execute_all(runs: list[Run], per_stage: bool, jobs: int) -> list[str]:
+    """Executes runs, `jobs` at a time; returns the complaints of those that failed."""
+    failures = []
+    with ThreadPoolExecutor(jobs) as pool:
+        pending = [(run, pool.submit(execute, run, per_stage)) for run in runs]
+        for run, future in pending:
+            try:
+                future.result()
+            except (RuntimeError, OSError, ValueError) as error:
+                failures.append(f"{run.data} {run.variant} seed {run.seed}: {error}")
+                print(failures[-1], file=sys.stderr, flush=True)
+    return failures
 
 
 def summarise(values: list[float]) -> str:
@@ -148,9 +184,8 @@ def tabulate(runs: list[Run], metrics: list[str]) -> tuple[dict[str, Any], str]:
             entry[run.seed] = json.loads(run.result_file.read_text())
     lines = []
     for data, variants in results.items():
-        shown = [
-            m for m in metrics if all(_has(m, x) for v in variants.values() for x in v.values())
-        ]
+        found = [x["metrics"] for seeds in variants.values() for x in seeds.values()]
+        shown = [name for name in metrics if all(name in x for x in found)]
         lines += [f"| {data} | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
         for variant, seeds in variants.items():
             cells = [summarise([x["metrics"][m] for x in seeds.values()]) for m in shown]
@@ -159,36 +194,42 @@ def tabulate(runs: list[Run], metrics: list[str]) -> tuple[dict[str, Any], str]:
     return results, "\n".join(lines)
 
 
-def _has(metric: str, result: dict[str, Any]) -> bool:
-    return metric in result["metrics"]
-
-
 def _stage_table(data: str, variants: dict[str, Any]) -> list[str]:
-    depth = max(len(x.get("per_stage", ())) for v in variants.values() for x in v.values())
-    if not depth:
+    staged = {
+        variant: [x["per_stage"] for x in seeds.values()]
+        for variant, seeds in variants.items()
+        if all("per_stage" in x for x in seeds.values())
+    }
+    if not staged:
         return []
+    depth = max(len(stages) for runs in staged.values() for stages in runs)
     header = " | ".join(f"stage {s + 1}" for s in range(depth))
     lines = [f"| {data}, AP by stage | {header} |", "|---" * (depth + 1) + "|"]
-    for variant, seeds in variants.items():
-        stages = zip(*(x["per_stage"] for x in seeds.values()), strict=True)
-        cells = [summarise([x["AP"] for x in stage]) for stage in stages]
+    for variant, runs in staged.items():
+        cells = [summarise([x["AP"] for x in stage]) for stage in zip(*runs, strict=True)]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def stage_count(study: dict[str, Any]) -> int:
-    """Stages to evaluate one by one, 0 if the study does not ask for it."""
-    if not study.get("per_stage"):
-        return 0
-    from asag import load_config
+def choose_runs(runs: list[Run], chosen: dict[str, list[Any] | None]) -> list[Run]:
+    """Those whose field has one of the values given for it.
 
-    options = study.get("options", {})
-    flat = [str(x) for pair in options.items() for x in pair]
-    return load_config(str(ROOT / study["config"]), flat).MODEL.DECODER.NUM_STAGES
+    Raises:
+        ValueError: no run has such a value.
+    """
+    for field, values in chosen.items():
+        known = {getattr(run, field) for run in runs}
+        if unknown := set(values or ()) - known:
+            raise ValueError(f"the study has no {field} {sorted(unknown)}; it has {sorted(known)}")
+    return [
+        run
+        for run in runs
+        if all(not values or getattr(run, field) in values for field, values in chosen.items())
+    ]
 
 
-def main() -> None:
-    """Command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code: 1 if a run failed, 2 for mistakes in the study."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,26 +240,24 @@ def main() -> None:
     parser.add_argument("--variants", nargs="*", help="only these variants")
     parser.add_argument("--seeds", nargs="*", type=int, help="only these seeds")
     parser.add_argument("--table-only", action="store_true", help="tabulate what is finished")
-    options = parser.parse_args()
-    study = read_study(options.study)
-    runs = [
-        run
-        for run in plan_runs(study, options.output.resolve())
-        if (not options.data or run.data in options.data)
-        and (not options.variants or run.variant in options.variants)
-        and (not options.seeds or run.seed in options.seeds)
-    ]
+    options = parser.parse_args(arguments)
+    chosen = {"data": options.data, "variant": options.variants, "seed": options.seeds}
+    try:
+        study = read_study(options.study)
+        runs = choose_runs(plan_runs(study, options.output.resolve()), chosen)
+    except (OSError, ValueError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    failures = []
     if not options.table_only:
-        stages = stage_count(study)
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda run: execute(run, stages), runs))
-    metrics = study.get("metrics", ["AP", "AP50", "AP75", "mMR", "Recall"])
-    results, table = tabulate(runs, metrics)
+        failures = execute_all(runs, bool(study.get("per_stage")), options.jobs)
+    results, table = tabulate(runs, list(study.get("metrics", DEFAULT_METRICS)))
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "results.json").write_text(json.dumps(results, indent=1))
     (options.output / "table.md").write_text(table)
     print(table)
+    return int(bool(failures))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

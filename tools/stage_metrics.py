@@ -1,0 +1,99 @@
+#!/usr/bin/env python
+"""Accuracy of a trained detector cut off after each of its stages.
+
+    python tools/stage_metrics.py --output stages.json --config-file CONFIG MODEL.WEIGHTS model.pth
+
+Takes the arguments of `train_net.py`. Writes a JSON list, one object of metrics a stage; with
+--last-only the list has one entry, the whole detector.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
+
+from asag.engine import datasets  # noqa: E402
+from asag.engine.checkpointer import AtomicCheckpointer  # noqa: E402
+from asag.engine.launch import (  # noqa: E402
+    build_parser,
+    choose_device,
+    configure,
+    register_data,
+    use_data,
+)
+from asag.engine.trainer import Trainer  # noqa: E402
+
+
+def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dict[str, float]]:
+    """Box metrics in percent of the first 1, 2, ... stages.
+
+    Args:
+        arguments: of `train_net.py`; MODEL.WEIGHTS among them.
+        last_only: evaluate the whole detector only.
+
+    Raises:
+        ValueError: no weights or no data set to evaluate on.
+    """
+    args = build_parser().parse_args(arguments)
+    cfg, _ = configure(args)
+    choose_device(cfg, args.num_gpus)
+    registered = register_data(args, cfg.OUTPUT_DIR)
+    if registered is not None:
+        use_data(cfg, registered)
+    if not os.path.isfile(cfg.MODEL.WEIGHTS):
+        raise ValueError(f"MODEL.WEIGHTS = {cfg.MODEL.WEIGHTS!r}: name the trained weights")
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty; name a data set, or pass --data DIR")
+    datasets.check_registered(cfg, need_train=False)
+    cfg.TEST.NUM_PICTURES = 0
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "stages")  # leave the run's own results alone
+    stages = cfg.MODEL.DECODER.NUM_STAGES
+    return [evaluate(cfg, count) for count in range(stages if last_only else 1, stages + 1)]
+
+
+def evaluate(cfg: CfgNode, num_stages: int) -> dict[str, float]:
+    """Finite box metrics of MODEL.WEIGHTS with the first `num_stages` stages only."""
+    cfg.MODEL.DECODER.NUM_STAGES = num_stages
+    model = Trainer.build_model(cfg)
+    AtomicCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    results = flatten_results_dict(Trainer.test(cfg, model))
+    return {
+        name.removeprefix("bbox/"): float(value)
+        for name, value in results.items()
+        if name.startswith("bbox/") and math.isfinite(value)
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--last-only", action="store_true", help="only the whole detector")
+    own, rest = parser.parse_known_args(arguments)
+    try:
+        found = stage_metrics(rest, own.last_only)
+    except (ValueError, KeyError, OSError) as error:
+        print(f"stage_metrics: {error.args[0] if error.args else error}", file=sys.stderr)
+        return 2
+    own.output.parent.mkdir(parents=True, exist_ok=True)
+    own.output.write_text(json.dumps(found, indent=1))
+    for number, metrics in enumerate(found, start=1):
+        print(f"stage {number}: " + ", ".join(f"{k} {v:.2f}" for k, v in metrics.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
