@@ -1,0 +1,215 @@
+#!/usr/bin/env python
+"""Where the heads of a cross-attention look, for one query of one image (Figs. 1 and 4).
+
+    python projects/ConditionalDETR/attention_maps.py --image street.jpg --output maps.png \\
+        --config configs/ConditionalDETR/conditional_detr_r50_50ep.yaml --weights x.pth
+
+A column a head; from above: spatial, content and combined attention, each a softmax over the
+positions of the image. Works for Conditional DETR and for DETR, whose spatial attention is that of
+the whole query with the position's share of the keys. H heads, h x w cells of the feature map.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from torch import Tensor
+
+from asag import load_config
+from asag.checkpoint.loading import PublishedCheckpointer
+from asag.data.image_io import read_image
+from asag.engine.launch import choose_device
+from asag.modeling import SparseDetector
+from asag.modeling.heads import DETRHeads
+from asag.modeling.heads.conditional_attention import ConditionalCrossAttention
+from asag.modeling.heads.cross_attention import CrossAttention
+from asag.modeling.layers.attention import split_heads
+from asag.structures import ImageSizes
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+KINDS = ("spatial", "content", "combined")
+
+
+@dataclass
+class AttentionMaps:
+    """What one query of one stage attends to.
+
+    Attributes:
+        query: its index.
+        label, score: of its best class in the end.
+        box_xyxy: (4,) its final box, pixels of the network input.
+        point_xy: (2,) its reference point in pixels, None without.
+        maps: "spatial", "content", "combined" -> (H, h, w), each head summing to one.
+    """
+
+    query: int
+    label: int
+    score: float
+    box_xyxy: Tensor
+    point_xy: Tensor | None
+    maps: dict[str, Tensor]
+
+
+@torch.no_grad()
+def explain(
+    model: SparseDetector, image: Tensor, stage: int = -1, query: int | None = None
+) -> AttentionMaps:
+    """Runs an image through the model and looks into one cross-attention.
+
+    Args:
+        model: DETR or a relative, in evaluation mode.
+        image: (3, H, W) in the model's colour order.
+        stage: index of the stage, negative from the last.
+        query: index of the query; default: the one with the best score in the end.
+
+    Raises:
+        ValueError: another kind of detector, or no such stage or query.
+    """
+    heads = model.roi_heads
+    if not isinstance(heads, DETRHeads):
+        raise ValueError(
+            f"the model's heads are {type(heads).__name__}; attention maps need 'DETRHeads' or "
+            "'ConditionalDETRHeads'"
+        )
+    if not -len(heads.stages) <= stage < len(heads.stages):
+        raise ValueError(f"there is no stage {stage}: the model has {len(heads.stages)}")
+    attention, seen = heads.stages[stage].cross_attention, {}
+    handles = [
+        attention.register_forward_hook(lambda _m, args, _out: seen.update(attention=args)),
+        heads.register_forward_hook(lambda _m, args, _out: seen.update(heads=args)),
+    ]
+    try:
+        images = model.preprocess_images([{"image": image}])
+        sizes = ImageSizes.from_images(images)
+        predictions, _ = model.predict(images.tensor, sizes)
+    finally:
+        for handle in handles:
+            handle.remove()
+    features, queries, _ = seen["heads"]
+    feature = features[heads.in_feature]
+    position, _ = heads.positions(feature, sizes)
+
+    scores = predictions.logits[-1, 0].softmax(-1)[:, :-1]
+    if not model.softmax:
+        scores = predictions.logits[-1, 0].sigmoid()
+    if query is None:
+        query = int(scores.amax(dim=-1).argmax())
+    if not 0 <= query < len(scores):
+        raise ValueError(f"there is no query {query}: the image has {len(scores)}")
+    score, label = scores[query].max(dim=-1)
+    parts = score_parts(attention, seen["attention"], position)
+    hw = tuple(feature.shape[-2:])
+    points = queries.points_xy
+    return AttentionMaps(
+        query=query,
+        label=int(label),
+        score=float(score),
+        box_xyxy=predictions.boxes_xyxy[-1, 0, query].cpu(),
+        point_xy=None if points is None else (points[0, query] * sizes.whwh[0, :2]).cpu(),
+        maps={k: x[0, :, query].softmax(-1).unflatten(-1, hw).cpu() for k, x in parts.items()},
+    )
+
+
+def score_parts(
+    attention: CrossAttention, arguments: tuple[Any, ...], position: Tensor
+) -> dict[str, Tensor]:
+    """Spatial, content and combined scores, (1, H, N, L) each, with the scale that attention uses;
+    the combined ones are the sum of the others."""
+    query, object_query, spatial, memory, _ = arguments
+    if isinstance(attention, ConditionalCrossAttention):
+        c_q, p_q, c_k, p_k, _ = attention.parts(query, object_query, spatial, memory)
+        scale = 1 / math.sqrt(2 * c_q.shape[-1])
+        content, place = c_q @ c_k.mT * scale, p_q @ p_k.mT * scale
+        return {"spatial": place, "content": content, "combined": content + place}
+    q, k, _ = attention.project(query, object_query, None, memory)
+    weight, _ = attention.projections()[1]
+    p_k = split_heads(F.linear(position, weight), attention.num_heads)
+    scale = 1 / math.sqrt(q.shape[-1])
+    combined, place = q @ k.mT * scale, q @ p_k.mT * scale
+    return {"spatial": place, "content": combined - place, "combined": combined}
+
+
+def draw(seen: AttentionMaps, image_rgb: np.ndarray, heads: Sequence[int] | None = None) -> Figure:
+    """The figure; `image_rgb` is the (H, W, 3) network input, `heads` which columns to show."""
+    heads = range(len(seen.maps["combined"])) if heads is None else heads
+    height, width = image_rgb.shape[:2]
+    size = (2.4 * len(heads), 2.4 * height / width * len(KINDS) + 0.4)
+    figure, rows = plt.subplots(
+        len(KINDS), len(heads), figsize=size, squeeze=False, layout="constrained"
+    )
+    x1, y1, x2, y2 = seen.box_xyxy.tolist()
+    for kind, row in zip(KINDS, rows, strict=True):
+        for head, axes in zip(heads, row, strict=True):
+            axes.imshow(image_rgb)
+            shade = seen.maps[kind][head].numpy()
+            extent = (0, width, height, 0)
+            axes.imshow(shade, extent=extent, alpha=0.65, interpolation="bilinear", cmap="jet")
+            axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime"))
+            if seen.point_xy is not None:
+                axes.plot(*seen.point_xy.tolist(), "+", color="white")
+            axes.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[])
+            if kind == KINDS[0]:
+                axes.set_title(f"head {head}", fontsize=9)
+        row[0].set_ylabel(kind)
+    return figure
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="yaml file of the model")
+    parser.add_argument("--weights", help="checkpoint; default: MODEL.WEIGHTS of the configuration")
+    parser.add_argument("--image", required=True)
+    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    parser.add_argument("--stage", type=int, default=-1, help="default: the last one")
+    parser.add_argument("--query", type=int, help="default: the one with the best score")
+    parser.add_argument("--heads", type=int, nargs="+", help="default: all")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="KEY VALUE, last")
+    given = parser.parse_args(arguments)
+    try:
+        cfg = load_config(given.config, given.options)
+        choose_device(cfg, num_gpus=1)
+        model = build_model(cfg).eval()
+        weights = cfg.MODEL.WEIGHTS if given.weights is None else given.weights
+        PublishedCheckpointer(model).load(weights)
+        absent = [h for h in given.heads or () if not 0 <= h < cfg.MODEL.DECODER.NUM_HEADS]
+        if absent:
+            raise ValueError(f"no heads {absent}: the model has {cfg.MODEL.DECODER.NUM_HEADS}")
+        pixels = read_image(given.image, cfg.INPUT.FORMAT)
+        resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+        pixels = resize.get_transform(pixels).apply_image(pixels)
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        seen = explain(model, image, given.stage, given.query)
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        print(f"attention_maps: {error}", file=sys.stderr)
+        return 1
+    shown = pixels[..., ::-1] if cfg.INPUT.FORMAT == "BGR" else pixels
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    draw(seen, shown, given.heads).savefig(given.output, dpi=120)
+    print(
+        f"query {seen.query}, class {seen.label} with score {seen.score:.2f}, stage {given.stage}: "
+        f"{given.output}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
