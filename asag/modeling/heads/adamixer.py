@@ -41,8 +41,8 @@ def sample_3d(
     sampled = None
     for features, stride, weight in zip(maps, strides, weights, strict=True):
         height, width = features.shape[-2:]
-        extent = xy.new_tensor((width * stride, height * stride))
-        grid = xy / extent * 2 - 1
+        x, y = xy.unbind(dim=-1)
+        grid = torch.stack((x / (width * stride), y / (height * stride)), dim=-1) * 2 - 1
         grouped = features.reshape(batch * groups, -1, height, width)
         part = weight * F.grid_sample(grouped, grid.to(grouped.dtype), align_corners=False)
         sampled = part if sampled is None else sampled + part

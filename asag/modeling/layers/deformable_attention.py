@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,12 @@ class MultiScaleMemory:
     valid: Tensor | None
     valid_ratios: Tensor
     whwh: Tensor
+
+    @cached_property
+    def extents(self) -> Tensor:
+        """(L, 2) columns and rows of each level, copied to the device once."""
+        extents = torch.tensor([(w, h) for h, w in self.shapes_hw], dtype=self.whwh.dtype)
+        return extents.to(self.whwh.device, non_blocking=True)
 
 
 def flatten_maps(maps: Sequence[Tensor], sizes: ImageSizes) -> MultiScaleMemory:
@@ -116,14 +123,12 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(memory.values)
         if memory.valid is not None:
             value = value.masked_fill(~memory.valid[..., None], 0)
-        points = self._points(query, reference, memory.shapes_hw)
+        points = self._points(query, reference, memory.extents)
         weights = self.weights(query).view(*query.shape[:2], self.num_heads, -1).softmax(dim=-1)
         weights = weights.unflatten(-1, (self.num_levels, self.num_points))
         return self.out_proj(sample_levels(value, memory.shapes_hw, points, weights))
 
-    def _points(
-        self, query: Tensor, reference: Tensor, shapes_hw: Sequence[tuple[int, int]]
-    ) -> Tensor:
+    def _points(self, query: Tensor, reference: Tensor, extents: Tensor) -> Tensor:
         """(B, N, H, L, P, 2) in shares of the padded maps."""
         offsets = self.offsets(query).view(
             *query.shape[:2], self.num_heads, self.num_levels, self.num_points, 2
@@ -131,8 +136,7 @@ class DeformableAttention(nn.Module):
         offsets = offsets.to(reference.dtype)
         reference = reference[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            extent = reference.new_tensor([(w, h) for h, w in shapes_hw])
-            return reference + offsets / extent[:, None]
+            return reference + offsets / extents[:, None]
         # Half a box at P times the unit offset.
         return reference[..., :2] + offsets / self.num_points * reference[..., 2:] / 2
 

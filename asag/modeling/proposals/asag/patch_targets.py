@@ -61,7 +61,8 @@ def _released_flip(boxes_cxcywh: Tensor, axis: int) -> Tensor:
 
 def quadrant_targets(targets: Targets) -> PatchTargets:
     """Targets of the quadrants of P5: objects whose centre lies in the closed quadrant."""
-    corner = targets.image_whwh.new_tensor([(0, 0), (1, 0), (0, 1), (1, 1)])  # (4, 2)
+    quadrant = torch.arange(4, device=targets.image_whwh.device)
+    corner = torch.stack((quadrant % 2, quadrant // 2), dim=-1)  # (4, 2)
     half = targets.image_whwh[:, None, :2] / 2
     return window_targets(targets, corner * half, half)
 
