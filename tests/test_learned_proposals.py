@@ -24,6 +24,12 @@ def test_grid_tiles_the_image() -> None:
     torch.testing.assert_close(high[5], torch.tensor([1.0, 2 / 3]))
 
 
+def test_grid_reaches_every_side_for_any_number() -> None:
+    boxes = initial_boxes("grid", 50)
+    high = boxes[:, :2] + boxes[:, 2:] / 2
+    torch.testing.assert_close(high.max(dim=0).values, torch.ones(2))
+
+
 def test_unknown_kind_names_the_key() -> None:
     with pytest.raises(ValueError, match=r"MODEL\.PROPOSAL_GENERATOR\.BOX_INIT.*'grid'"):
         initial_boxes("everywhere", 3)

@@ -25,7 +25,7 @@ from asag.data.coco_folder import dataset_dicts
 from asag.data.coco_json import read_coco_table
 from asag.data.shapes_drawing import OUTLINES, draw_scene
 
-GENERATOR_VERSION = 1  # raise it when the same spec would give other pixels
+GENERATOR_VERSION = 2  # raise it when the same spec would give other pixels
 ANNOTATION_FILE = "_annotations.coco.json"
 
 

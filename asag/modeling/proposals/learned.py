@@ -25,7 +25,7 @@ def initial_boxes(kind: str, count: int) -> Tensor:
 
     Args:
         kind: "image": all equal to the whole image (the published models). "grid": the cells of a
-            square grid, row by row, which a short training from scratch learns from soonest.
+            grid, row by row, which a short training from scratch learns from soonest.
             "random": centres and sizes uniform. "center": in the middle, a tenth of the image wide
             and high.
         count: N.
@@ -40,10 +40,11 @@ def initial_boxes(kind: str, count: int) -> Tensor:
         return torch.tensor([0.5, 0.5, 0.1, 0.1]).repeat(count, 1)
     if kind == "random":
         return torch.rand(count, 4)
-    side = math.ceil(math.sqrt(count))
+    columns = math.ceil(math.sqrt(count))
+    size = torch.tensor([1 / columns, 1 / math.ceil(count / columns)])
     cell = torch.arange(count)
-    centres = torch.stack((cell % side, cell // side), dim=1).add(0.5) / side
-    return torch.cat((centres, torch.full((count, 2), 1 / side)), dim=1)
+    centres = (torch.stack((cell % columns, cell // columns), dim=1) + 0.5) * size
+    return torch.cat((centres, size.expand(count, 2)), dim=1)
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
