@@ -1,0 +1,151 @@
+"""What the figures show, as tensors and numbers: labels, expert weights and proposals of images.
+
+S stages, N queries, M objects, C channels, E experts, I images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from asag.modeling import SparseDetector
+from asag.modeling.proposals import DynamicProposals
+from asag.structures import ImageSizes
+
+Sample = dict[str, Any]
+
+
+@dataclass
+class Positives:
+    """Labels of one image.
+
+    Attributes:
+        image_rgb: (H, W, 3) uint8, the network input.
+        truth_xyxy: (M, 4) objects, pixels of the network input.
+        boxes_xyxy: (S, N, 4) what every stage predicts.
+        assignment: (S, N) object of each prediction, -1 for background.
+    """
+
+    image_rgb: np.ndarray
+    truth_xyxy: Tensor
+    boxes_xyxy: Tensor
+    assignment: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """(S, M) predictions that answer for each object."""
+        objects = torch.arange(len(self.truth_xyxy))
+        return (self.assignment[..., None] == objects).sum(dim=1)
+
+
+@dataclass
+class Proposals:
+    """What enters the first stage for one image.
+
+    Attributes:
+        image_rgb: (H, W, 3) uint8, the network input.
+        boxes: (N, 4) xyxy in shares of the image size.
+        content: (N, C).
+    """
+
+    image_rgb: np.ndarray
+    boxes: Tensor
+    content: Tensor
+
+
+def find_positives(model: SparseDetector, sample: Sample) -> Positives:
+    """Lets the model's matcher label its predictions of an image.
+
+    Raises:
+        ValueError: the image has no objects.
+    """
+    if not len(sample["instances"]):
+        raise ValueError(f"{sample['file_name']} has no objects to match")
+    images = model.preprocess_images([sample])
+    sizes = ImageSizes.from_images(images)
+    targets = model.read_targets([sample], sizes)
+    predictions, _ = model.predict(images.tensor, sizes)
+    return Positives(
+        _pixels(model, sample),
+        targets.boxes_xyxy[0].cpu(),
+        predictions.boxes_xyxy[:, 0].cpu(),
+        model.matcher(predictions, targets)[:, 0].cpu(),
+    )
+
+
+def collect_expert_weights(model: SparseDetector, samples: Iterable[Sample]) -> Tensor:
+    """Expert weights of a data set, (I, E, N).
+
+    Raises:
+        ValueError: the model has no experts.
+    """
+    generator = model.proposal_generator
+    if not isinstance(generator, DynamicProposals):
+        raise ValueError(
+            f"the proposals come from {type(generator).__name__}; experts need "
+            "MODEL.PROPOSAL_GENERATOR.NAME 'DynamicProposals'"
+        )
+    return torch.cat([generator.expert_weights(_features(model, x)[0]).cpu() for x in samples])
+
+
+def expert_statistics(weights: Tensor) -> list[dict[str, float]]:
+    """Of each expert: mean weight, its spread over images (mean over proposals of the standard
+    deviation) and over proposals (standard deviation of the mean over images).
+
+    Args:
+        weights: (I, E, N).
+    """
+    mean = weights.mean(dim=0)  # (E, N)
+    over_images = weights.std(dim=0, correction=0).mean(dim=1)
+    over_proposals = mean.std(dim=1, correction=0)
+    return [
+        {"mean": float(m), "over images": float(i), "over proposals": float(p)}
+        for m, i, p in zip(mean.mean(dim=1), over_images, over_proposals, strict=True)
+    ]
+
+
+def find_proposals(model: SparseDetector, sample: Sample) -> Proposals:
+    """Proposals of an image.
+
+    Raises:
+        ValueError: the model's queries have no boxes.
+    """
+    features, sizes = _features(model, sample)
+    queries, _ = model.proposal_generator(features, sizes)
+    if queries.boxes_xyxy is None:
+        raise ValueError(f"{type(model.proposal_generator).__name__} proposes no boxes")
+    boxes = queries.boxes_xyxy[0] / sizes.whwh[0]
+    return Proposals(_pixels(model, sample), boxes.cpu(), queries.content[0].cpu())
+
+
+def proposal_changes(one: Proposals, other: Proposals) -> tuple[Tensor, Tensor]:
+    """How far each of N proposals differs between two images: mean distance of the four sides in
+    percent of the image size, and distance of the features relative to their length, in percent.
+
+    Raises:
+        ValueError: the images have different numbers of proposals.
+    """
+    if one.boxes.shape != other.boxes.shape:
+        raise ValueError(
+            f"{len(one.boxes)} and {len(other.boxes)} proposals cannot be compared one by one"
+        )
+    boxes = (one.boxes - other.boxes).abs().mean(dim=1)
+    length = (one.content.norm(dim=1) + other.content.norm(dim=1)) / 2
+    return 100 * boxes, 100 * (one.content - other.content).norm(dim=1) / length.clamp(min=1e-6)
+
+
+def _features(model: SparseDetector, sample: Sample) -> tuple[dict[str, Tensor], ImageSizes]:
+    images = model.preprocess_images([sample])
+    sizes = ImageSizes.from_images(images)
+    features = model.backbone(images.tensor)
+    return features if model.neck is None else model.neck(features, sizes), sizes
+
+
+def _pixels(model: SparseDetector, sample: Sample) -> np.ndarray:
+    pixels = sample["image"].permute(1, 2, 0).numpy()
+    return pixels[..., ::-1] if model.input_format == "BGR" else pixels
