@@ -110,7 +110,8 @@ class PatchCompletion:
     def ground_truth_patches(self, stride: int) -> tuple[Tensor, Tensor]:
         """Patches that hold a small object at a random place, (B, P, 2) and (B, P) bool.
 
-        The NMS prefers objects with many others near them.
+        The NMS prefers objects with many others near them. Corners are whole cells, so an object
+        may stick out of its patch by less than a cell.
         """
         targets = self.targets
         boxes = xyxy_to_cxcywh(targets.boxes_xyxy)
