@@ -38,6 +38,7 @@ from asag.engine.profiling import (  # noqa: E402
     saved_bytes,
 )
 from asag.engine.step import AMP_DTYPES, TrainStep, build_clipper  # noqa: E402
+from asag.modeling.deploy import fold_batch_norms  # noqa: E402
 
 MODES = ("inference", "training")
 
@@ -60,6 +61,8 @@ class Arm:
         self.name = spec
         self.amp = AMP_DTYPES.get(args.amp)
         self.model = build_model(cfg)
+        if args.fold_norms:
+            fold_batch_norms(self.model.eval().backbone)
         self.optimizer = build_optimizer(cfg, self.model)
         self.timer = PhaseTimer(self.model, self.optimizer)
         self.train_step = TrainStep(
@@ -214,6 +217,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--amp", choices=("float32", *AMP_DTYPES), default="float32", help="number format")
     add("--tf32", action="store_true", help="allow TF32 products (CUDA)")
     add("--channels-last", action="store_true", help="MODEL.CHANNELS_LAST for all arms")
+    add("--fold-norms", action="store_true", help="into convolutions, for --mode inference")
     add("--compile", action="store_true", help="MODEL.COMPILE for all arms")
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="write all figures there as well")
@@ -242,6 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here; use --device cpu")
+        if args.fold_norms and args.mode != "inference":
+            raise ValueError("--fold-norms is for inference; add --mode inference")
         arms = [Arm(spec, args) for spec in args.configs]
     except (OSError, KeyError, ValueError) as error:
         print(f"benchmark: {error.args[0] if len(error.args) == 1 else error}", file=sys.stderr)
