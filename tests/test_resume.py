@@ -32,6 +32,7 @@ def new_trainer(folder, **changes) -> Trainer:
     settings = {
         "MODEL__DECODER__DROPOUT": 0.2,
         "MODEL__SLIM_RESNET__NORM": "BN",
+        "MODEL__SLIM_RESNET__WIDTH": 8,
         "SOLVER__MAX_ITER": 8,
         "SOLVER__STEPS": "(6,)",
         "SOLVER__CHECKPOINT_PERIOD": 2,
