@@ -1,13 +1,15 @@
-"""Dynamic Sparse R-CNN and its combinations as configurations: sizes, one step, what a step says."""
+"""Dynamic Sparse R-CNN and its combinations as configurations: sizes, steps, what steps log."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from test_iou_models import count, load, small, training_inputs
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou
@@ -145,6 +147,24 @@ def test_parameters_of_the_full_models() -> None:
     assert count(ABLATIONS / "table2_dpg.yaml") - flat == 13_824 + 1_536
 
 
+def test_reference_figures() -> None:
+    """The figures that the analysis tool compares with, and how the paper's two come about."""
+    path = ROOT / "projects/DynamicSparseRCNN/reference_figures.json"
+    figures = json.loads(path.read_text())
+    assert {name: count(ROOT / name) for name in figures} == {
+        name: x["parameters"] for name, x in figures.items()
+    }
+    cfg = load(RECIPES / "dynamic_sparse_rcnn_r50_300pro_3x.yaml", "MODEL.DEVICE", "meta")
+    with torch.device("meta"):
+        model = build_model(cfg)
+    attention = sum(
+        p.numel() for stage in model.roi_heads.stages for p in stage.attention.parameters()
+    )
+    head = sum(p.numel() for p in model.roi_heads.parameters()) - attention
+    assert round(head / 1e6, 1) == 77.8
+    assert round((head + NETWORK) / 1e6, 1) == 81.0
+
+
 def test_parameters_of_the_combinations() -> None:
     plain = count(ABLATIONS / "table2_baseline.yaml")
     weighting = count(ROOT / "configs/IoUEnhancedSparseRCNN/iou_sparse_rcnn_r50_300pro_3x.yaml")
@@ -186,7 +206,7 @@ def test_units_and_losses_of_each_stage_by_hand() -> None:
     spread_boxes(model.proposal_generator.expert_boxes_cxcywh)
     seen: dict[str, tuple] = {}
     model.criterion.register_forward_hook(lambda _, inputs, __: seen.update(inputs=inputs))
-    losses = model(training_inputs(5))
+    losses = {name: float(x.detach()) for name, x in model(training_inputs(5)).items()}
     predictions, targets, assignment = seen["inputs"]
     for s in range(3):
         pairs = [(b, n, int(assignment[s, b, n])) for b in range(2) for n in range(20)]
@@ -198,8 +218,8 @@ def test_units_and_losses_of_each_stage_by_hand() -> None:
             giou += 1 - float(generalized_box_iou(box[None], truth[None]))
             l1 += float(((box - truth) / targets.image_whwh[b]).abs().sum())
         suffix = "" if s == 2 else f"_{s}"
-        assert float(losses[f"loss_giou{suffix}"]) == pytest.approx(2 * giou / len(pairs), 1e-4)
-        assert float(losses[f"loss_bbox{suffix}"]) == pytest.approx(5 * l1 / len(pairs), 1e-4)
+        assert losses[f"loss_giou{suffix}"] == pytest.approx(2 * giou / len(pairs), 1e-4)
+        assert losses[f"loss_bbox{suffix}"] == pytest.approx(5 * l1 / len(pairs), 1e-4)
     assert float(model.matcher.metrics["ot_units_per_object"]) == pytest.approx(2)
     assert float(model.matcher.metrics["ot_misplaced"]) == 0
 
@@ -253,7 +273,7 @@ def test_mixed_precision_and_accumulation(path: Path) -> None:
 
 
 def test_architecture_insists_on_its_rooms() -> None:
-    with pytest.raises(ValueError, match="MODEL.PROPOSAL_GENERATOR.NAME.*DynamicSparseRCNN"):
+    with pytest.raises(ValueError, match=r"MODEL.PROPOSAL_GENERATOR.NAME.*DynamicSparseRCNN"):
         small(TINY, GENERATOR, "LearnedProposals")
-    with pytest.raises(ValueError, match="MODEL.MATCHER.NAME.*DynamicSparseRCNN"):
+    with pytest.raises(ValueError, match=r"MODEL.MATCHER.NAME.*DynamicSparseRCNN"):
         small(TINY, MATCHER, "HungarianMatcher")
