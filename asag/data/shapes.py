@@ -25,7 +25,7 @@ from asag.data.coco_folder import dataset_dicts
 from asag.data.coco_json import read_coco_table
 from asag.data.shapes_drawing import OUTLINES, draw_scene
 
-GENERATOR_VERSION = 2  # raise it when the same spec would give other pixels
+GENERATOR_VERSION = 4  # raise it when the same spec would give other pixels
 ANNOTATION_FILE = "_annotations.coco.json"
 
 
@@ -55,7 +55,7 @@ class ShapesSpec:
     class_names: tuple[str, ...] = ("circle", "square", "triangle", "star", "ring")
     height: int = 128
     width: int = 160
-    objects: tuple[int, int] = (1, 8)
+    objects: tuple[int, int] = (4, 16)
     sizes: tuple[float, float] = (0.15, 0.9)
     empty: float = 0.04
     min_visible: float = 0.35

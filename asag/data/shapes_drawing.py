@@ -177,7 +177,7 @@ def _shape(
     # Stretch along a tilted axis, then look up the outline in polar coordinates.
     u = (dx * np.cos(tilt) + dy * np.sin(tilt)) / stretch
     v = (dy * np.cos(tilt) - dx * np.sin(tilt)) * stretch
-    distance, angle = np.hypot(u, v), np.arctan2(v, u) + rotation
+    distance, angle = np.hypot(u, v), np.arctan2(v, u) + tilt + rotation
     cover = np.clip(OUTLINES[name](angle) * radius - distance + 0.5, 0, 1)
     if name == "ring":
         cover = np.minimum(cover, np.clip(distance - RING_HOLE * radius + 0.5, 0, 1))
