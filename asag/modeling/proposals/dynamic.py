@@ -1,5 +1,5 @@
 """Dynamic proposal generation: experts mixed by what is in the image (Dynamic Sparse R-CNN, Section
-3.3, Fig. 5).
+3.3, Fig. 3).
 
 B images, N queries, C channels, E experts, D side of the square that image features are resized to.
 """
