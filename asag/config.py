@@ -123,9 +123,10 @@ def _add_model(cfg: CN) -> None:
     # RoIAlign: side of the pooled grid and samples a bin and direction.
     cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION = 7
     cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = 2
-    # Small residual network for training on a CPU ("build_slim_resnet_fpn_backbone", without pyramid
-    # "build_slim_resnet"): basic blocks in each of the four stages (fewer without pyramid), channels of the first stage (doubled from stage to stage), and
-    # norm ("BN" or "GN": it is trained from scratch, so its statistics cannot be frozen).
+    # Small residual network for training on a CPU ("build_slim_resnet_fpn_backbone", or without
+    # pyramid "build_slim_resnet"): basic blocks in each of the four stages (without pyramid: in the
+    # first stages), channels of the first stage (doubled from stage to stage), and norm ("BN" or
+    # "GN": it is trained from scratch, so its statistics cannot be frozen).
     cfg.MODEL.SLIM_RESNET = CN()
     cfg.MODEL.SLIM_RESNET.BLOCKS = (1, 1, 1, 1)
     cfg.MODEL.SLIM_RESNET.WIDTH = 16

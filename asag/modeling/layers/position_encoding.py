@@ -7,6 +7,7 @@ C / 2 of y, then C / 2 of x, sine and cosine in turn, wavelengths in geometric p
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -81,7 +82,9 @@ def valid_cells(
 
 
 def cell_mask(
-    cells: list[tuple[int, int]], feature_hw: tuple[int, int], device: torch.device | str = "cpu"
+    cells: Sequence[tuple[int, int]],
+    feature_hw: tuple[int, int],
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """(B, H, W) bool, True on the first rows and columns of each image."""
     count = torch.tensor(cells).to(device, non_blocking=True)
@@ -93,7 +96,7 @@ class FeaturePositions:
     """Position embedding and validity of the cells of a feature map.
 
     Without padding the embedding depends on the map's shape alone and is kept for the next image of
-    that shape.
+    that shape; with padding it is kept for the next room that asks.
     """
 
     def __init__(self, *, dim: int, stride: int | None = None) -> None:
@@ -116,22 +119,35 @@ class FeaturePositions:
             where all are. At least one cell of every image is valid.
         """
         hw = (features.shape[-2], features.shape[-1])
-        cells = valid_cells(sizes, hw, self.stride) if sizes.any_padding else []
+        options = (self.dim, features.dtype, features.device)
+        cells = tuple(valid_cells(sizes, hw, self.stride)) if sizes.any_padding else ()
         if all(cell == hw for cell in cells):
-            return _unpadded(*hw, self.dim, features.dtype, features.device), None
-        valid = cell_mask(cells, hw, features.device)
-        return embed_cells(valid, self.dim, features.dtype), valid.flatten(1)
+            return _unpadded(hw, *options), None
+        return _padded(cells, hw, *options)
+
+
+# Kept across calls, so they must not be inference tensors: training may follow a validation.
 
 
 @lru_cache(maxsize=32)
-def _unpadded(
-    height: int, width: int, dim: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """(1, H * W, C). Kept across calls, so it must not be an inference tensor: training may follow
-    a validation."""
+def _unpadded(hw: tuple[int, int], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, L, C)."""
     with torch.inference_mode(False), torch.no_grad():
-        valid = torch.ones(1, height, width, dtype=torch.bool, device=device)
-        return embed_cells(valid, dim, dtype)
+        return embed_cells(cell_mask([hw], hw, device), dim, dtype)
+
+
+@lru_cache(maxsize=1)  # encoder and decoder ask for the same
+def _padded(
+    cells: tuple[tuple[int, int], ...],
+    hw: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """(B, L, C) and (B, L) bool."""
+    with torch.inference_mode(False), torch.no_grad():
+        valid = cell_mask(cells, hw, device)
+        return embed_cells(valid, dim, dtype), valid.flatten(1)
 
 
 def embed_cells(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
