@@ -7,11 +7,13 @@ from asag.evaluation.crowdhuman_metrics import (
     crowdhuman_metrics,
     crowdhuman_metrics_from_coco,
 )
+from asag.evaluation.recall import ProposalRecallEvaluator
 
 __all__ = [
     "CrowdHumanEvaluator",
     "CrowdImage",
     "CrowdMetrics",
+    "ProposalRecallEvaluator",
     "crowdhuman_metrics",
     "crowdhuman_metrics_from_coco",
 ]
