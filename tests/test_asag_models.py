@@ -301,6 +301,14 @@ def test_warmup_is_counted_and_saved() -> None:
     assert int(model.proposal_generator.steps) == 3
 
 
+def test_published_weights_are_past_the_warmup() -> None:
+    model = small(TINY, MODEL__ASAG__GT_WARMUP_ITERS=5)
+    state = model.state_dict()
+    del state["proposal_generator.steps"]
+    model.load_state_dict(state)
+    assert int(model.proposal_generator.steps) == 5
+
+
 # Two processes
 
 

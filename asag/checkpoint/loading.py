@@ -10,6 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
+from .asag import ASAG
 from .conditional_detr import CONDITIONAL_DETR
 from .detr import CLASSIFIER, DETR, keep_used_classes
 from .iou_sparse_rcnn import IOU_SPARSE_RCNN
@@ -23,6 +24,7 @@ DETECTORS: tuple[NameTable | PackedTable, ...] = (
     IOU_SPARSE_RCNN,
     DETR,
     CONDITIONAL_DETR,
+    ASAG,
 )
 
 # Parameters that only a Swin Transformer by itself has: the authors' name, torchvision's name.

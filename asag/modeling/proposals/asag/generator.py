@@ -176,6 +176,12 @@ class AdaptiveSparseAnchors(nn.Module):
         with torch.autocast(sizes.whwh.device.type, enabled=False):
             return self.generator(maps, sizes.whwh, completion, probing)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        # Published weights carry no count; they are past the warm-up.
+        if prefix + "steps" not in state_dict and any(x.startswith(prefix) for x in state_dict):
+            state_dict[prefix + "steps"] = torch.full_like(self.steps, self.warmup_steps)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _all_valid(self, batch: int) -> bool:
         """A single image needs no padding, unless its number of slots is fixed."""
         return batch == 1 and not self.generator.static and self.generator.rules.min_anchors > 0

@@ -1,0 +1,191 @@
+#!/usr/bin/env python
+"""Pictures of adaptive anchors, of any configuration and weights.
+
+    python projects/ASAG/figures.py anchors    --config C --weights W --output x.png [--image 0 5 9]
+    python projects/ASAG/figures.py maps       --config C --weights W --output x.png [--image 0 5 9]
+    python projects/ASAG/figures.py statistics --config C --weights W --output x.png [--images 500]
+
+anchors: patches red, anchors white; proposals; final boxes (Figs. 8 and C-2 of the paper). maps:
+how strongly each cell of each level stands out (Figs. 3, 7, C-3). statistics: anchors against
+objects, finest level used (Fig. 6), average recall of anchors and proposals (Table 5e), printed as JSON.
+All read DATASETS.TEST, --dataset or --data, a COCO folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from anchor_observations import Observation, Statistics, check_model, collect, normalised, observe
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from asag import load_config
+from asag.checkpoint.loading import PublishedCheckpointer
+from asag.data import SparseDetectionMapper, register_coco_folder
+from asag.data.mapper import eval_augmentations
+from asag.engine.datasets import check_registered
+from asag.engine.launch import choose_device, use_data
+
+LEVELS = {5: "P5 and P6", 4: "P4", 3: "P3"}
+
+
+def draw_anchors(found: Sequence[Observation]) -> Figure:
+    """A row an image."""
+    figure = _figure(15, 4.2 * len(found))
+    rows = figure.subplots(len(found), 3, squeeze=False)
+    for panels, x in zip(rows, found, strict=True):
+        for panel in panels:
+            panel.imshow(x.image_rgb)
+            panel.set_axis_off()
+            panel.set(xlim=(0, x.image_rgb.shape[1]), ylim=(x.image_rgb.shape[0], 0))
+        _add_boxes(panels[0], x.anchors, "white", 0.8)
+        for level, boxes in x.patches.items():
+            _add_boxes(panels[0], boxes, "red", 1.0 if level == 3 else 2.0)
+        _add_boxes(panels[1], x.proposals, "white", 0.8)
+        _add_boxes(panels[2], x.detections, "lime", 1.5)
+        probed = ", ".join(f"{len(boxes)} on P{k}" for k, boxes in x.patches.items()) or "none"
+        panels[0].set_title(f"{len(x.anchors)} anchors; patches: {probed}")
+        panels[1].set_title("proposals")
+        panels[2].set_title(f"{len(x.detections)} detections, {len(x.objects)} objects")
+    return figure
+
+
+def draw_maps(found: Sequence[Observation]) -> Figure:
+    """A row an image, a column a level."""
+    names = list(found[0].maps)
+    figure = _figure(3.2 * (len(names) + 1), 3 * len(found))
+    rows = figure.subplots(len(found), len(names) + 1, squeeze=False)
+    for panels, x in zip(rows, found, strict=True):
+        panels[0].imshow(x.image_rgb)
+        for panel, name, scores in zip(
+            panels[1:], names, normalised(list(x.maps.values())), strict=True
+        ):
+            panel.imshow(scores.numpy(), cmap="viridis", vmin=0, vmax=1)
+            panel.set_title(name)
+        for panel in panels:
+            panel.set_axis_off()
+    return figure
+
+
+def draw_statistics(found: Statistics) -> Figure:
+    """Anchors against objects, and images by finest level."""
+    figure = _figure(11, 4.5)
+    left, right = figure.subplots(1, 2)
+    left.scatter(found.objects, found.anchors, s=12, alpha=0.5)
+    left.set(
+        xlabel="objects of an image",
+        ylabel="anchors of an image",
+        title=f"correlation {found.correlation():.2f}",
+        ylim=(0, None),
+    )
+    counts = [found.finest_level.count(level) for level in LEVELS]
+    bars = right.bar(list(LEVELS.values()), counts)
+    right.bar_label(bars, [f"{100 * n / max(sum(counts), 1):.0f} %" for n in counts])
+    right.set(xlabel="finest level that gave anchors", ylabel="images")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _add_boxes(axes: Axes, boxes: Tensor, color: str, width: float) -> None:
+    for x1, y1, x2, y2 in boxes.tolist():
+        axes.add_patch(
+            Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width)
+        )
+
+
+def observations(given: argparse.Namespace, scratch: str) -> Iterator[Observation]:
+    """The images that a command asks for.
+
+    Raises:
+        ValueError: no data set, an index beyond it, or a detector without adaptive anchors.
+    """
+    cfg = load_config(given.config, given.options)
+    choose_device(cfg, num_gpus=1)
+    dataset = given.dataset
+    if given.data:
+        registered = register_coco_folder(given.data, output_dir=scratch, evaluate_on_train=True)
+        use_data(cfg, registered)
+        dataset = registered.val
+    cfg.DATASETS.TEST = (dataset,) if dataset else cfg.DATASETS.TEST[:1]
+    if not cfg.DATASETS.TEST:
+        raise ValueError("DATASETS.TEST is empty; pass --dataset NAME or --data DIR")
+    check_registered(cfg, need_train=False)
+    model = build_model(cfg).eval()
+    check_model(model)
+    PublishedCheckpointer(model).load(given.weights)
+    # With ground truth, but resized as for testing.
+    mapper = SparseDetectionMapper(
+        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
+    )
+    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    chosen = range(min(given.images, len(records))) if "images" in given else given.image
+    for index in chosen:
+        if not 0 <= index < len(records):
+            raise ValueError(f"there is no image {index}: the data set has {len(records)}")
+        yield observe(model, mapper(records[index]), given.threshold)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("anchors", "maps", "statistics"):
+        command = commands.add_parser(name)
+        if name == "statistics":
+            command.add_argument("--images", type=int, default=500, help="the first so many")
+        else:
+            command.add_argument("--image", type=int, nargs="+", default=[0, 1, 2], help="indices")
+        command.add_argument("--config", required=True, help="yaml file of the model")
+        command.add_argument("--weights", required=True, help='checkpoint; "" for none')
+        command.add_argument("--dataset", help="registered name; default: of DATASETS.TEST")
+        command.add_argument("--data", metavar="DIR", help="COCO folder instead")
+        command.add_argument("--threshold", type=float, default=0.3, help="score of a detection")
+        command.add_argument("--output", type=Path, required=True, help="picture to write")
+        command.add_argument("options", nargs="*", metavar="KEY VALUE", help="overrides")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    given = parse(arguments)
+    torch.manual_seed(0)
+    try:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            found = observations(given, scratch)
+            if given.command == "statistics":
+                statistics = collect(found)
+                print(json.dumps(statistics.summary(), indent=2))
+                figure = draw_statistics(statistics)
+            else:
+                draw = draw_anchors if given.command == "anchors" else draw_maps
+                figure = draw(list(found))
+        figure.savefig(given.output, dpi=100)
+    except (OSError, KeyError, ValueError, AssertionError) as error:
+        print(f"figures: {error.args[0] if len(error.args) == 1 else error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
