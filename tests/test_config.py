@@ -108,7 +108,14 @@ def test_a_free_combination_needs_the_free_architecture():
 
 @pytest.mark.parametrize("norm", ["BN", "GN"])
 def test_slim_backbone_learns_in_every_norm(norm):
-    model = build("MODEL.SLIM_RESNET.NORM", norm, "MODEL.SLIM_RESNET.BLOCKS", "(1,2,1,1)")
+    model = build(
+        "MODEL.SLIM_RESNET.WIDTH",
+        "32",
+        "MODEL.SLIM_RESNET.NORM",
+        norm,
+        "MODEL.SLIM_RESNET.BLOCKS",
+        "(1,2,1,1)",
+    )
     features = model.backbone(torch.randn(1, 3, 64, 64))
     sum(x.sum() for x in features.values()).backward()
     body = model.backbone.bottom_up

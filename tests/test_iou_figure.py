@@ -54,7 +54,8 @@ def test_numbers_follow_from_the_model(figure: ModuleType) -> None:
     # Equal boxes leave the ratios of the scores: per head, hence near for the mean of the heads.
     assert (seen.enhanced[:4] > seen.plain[:4]).all()
     assert set(seen.masks) == {"cls", "reg"}
-    assert seen.masks["cls"].shape == (64,) and seen.strength["reg"].shape == (7, 7)
+    channels = model.roi_heads.stages[0].class_logits.in_features
+    assert seen.masks["cls"].shape == (channels,) and seen.strength["reg"].shape == (7, 7)
     assert not model.roi_heads.stages[0].attention._forward_hooks
 
 

@@ -194,7 +194,7 @@ def test_unknown_choices_are_listed(key: str) -> None:
 def test_first_boxes_learn_through_attention_too() -> None:
     """The learned boxes get a gradient from the IoU matrix of the first stage (Eq. 3)."""
     torch.manual_seed(0)
-    model = small(TINY)
+    model = small(TINY, "MODEL.PROPOSAL_GENERATOR.BOX_INIT", "image")
     boxes = model.proposal_generator.boxes_cxcywh
     with torch.no_grad():  # no longer all equal to the image
         boxes[:, :2] += 0.2 * torch.rand(7, 2)
