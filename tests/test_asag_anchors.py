@@ -8,6 +8,7 @@ import asag_reference
 import pytest
 import torch
 import torch.nn.functional as F
+from fvcore.nn import FlopCountAnalysis
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -284,6 +285,25 @@ def test_corners_stay_inside(x: float, y: float, height: int, width: int) -> Non
 def test_wrong_rules_name_their_key(key: str, change: dict) -> None:
     with pytest.raises(ValueError, match=f"MODEL.ASAG.{key}"):
         replace(ProbingRules(), **change)
+
+
+def test_multiply_adds_are_those_of_the_paper() -> None:
+    """0.06 G without probing, at 800 x 1280 (Section 1)."""
+
+    class Fixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            network = AnchorNetwork(dim=256)
+            rules = ProbingRules(finest_level=5)
+            self.generator = AdaptiveAnchorGenerator(network=network, rules=rules)
+
+        def forward(self, p5: Tensor) -> Tensor:
+            return self.generator([p5, p5, p5], whwh((800, 1280))).anchors.boxes_cxcywh
+
+    counter = FlopCountAnalysis(Fixed().eval(), torch.randn(1, 256, 25, 40))
+    counter.unsupported_ops_warnings(False)
+    products = counter.by_operator()
+    assert (products["conv"] + products["linear"]) / 1e9 == pytest.approx(0.0574, abs=2e-4)
 
 
 def test_one_capacity_alone_is_refused() -> None:

@@ -7,7 +7,7 @@
 
 anchors: patches red, anchors white; proposals; final boxes (Figs. 8 and C-2 of the paper). maps:
 how strongly each cell of each level stands out (Figs. 3, 7, C-3). statistics: anchors against
-objects, finest level used (Fig. 6), average recall of anchors and proposals (Table 5e), printed as JSON.
+objects, finest level used (Fig. 6), average recall of anchors and proposals (Table 5e), as JSON.
 All read DATASETS.TEST, --dataset or --data, a COCO folder.
 """
 
