@@ -11,7 +11,11 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
+
+# fvcore's losses are scripted; torch's advice is for its authors, not for those who train.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
 
@@ -46,7 +50,7 @@ def main() -> int:
         f"  weights   {options.output / 'model_final.pth'}\n"
         "Try it on pictures of your own:\n"
         f"  .venv/bin/python demo/demo.py --config-file {options.config_file} "
-        f"--weights {options.output / 'model_final.pth'} --input PICTURES --output output/looked\n"
+        f"--weights {options.output / 'model_final.pth'} --output output/looked PICTURES\n"
         "Train it on data of your own (COCO format):\n"
         "  .venv/bin/python train_net.py --data DIR"
     )

@@ -25,7 +25,7 @@ from asag.data.coco_folder import dataset_dicts
 from asag.data.coco_json import read_coco_table
 from asag.data.shapes_drawing import OUTLINES, draw_scene
 
-GENERATOR_VERSION = 4  # raise it when the same spec would give other pixels
+GENERATOR_VERSION = 5  # raise it when the same spec would give other pixels
 ANNOTATION_FILE = "_annotations.coco.json"
 
 
@@ -55,10 +55,10 @@ class ShapesSpec:
     class_names: tuple[str, ...] = ("circle", "square", "triangle", "star", "ring")
     height: int = 128
     width: int = 160
-    objects: tuple[int, int] = (4, 16)
-    sizes: tuple[float, float] = (0.15, 0.9)
+    objects: tuple[int, int] = (4, 14)
+    sizes: tuple[float, float] = (0.18, 0.9)
     empty: float = 0.04
-    min_visible: float = 0.35
+    min_visible: float = 0.6
     heaps: int = 0
     ignore: float = 0.0
     images: tuple[tuple[str, int], ...] = (("train", 1000), ("val", 200))
