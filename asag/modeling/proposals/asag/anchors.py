@@ -260,7 +260,10 @@ class AdaptiveAnchorGenerator(nn.Module):
             slots = min(slots, self.anchor_capacity)
         else:
             slots = min(slots, max(1, int(valid.sum(dim=1).max())))
-        scores, index = scores.masked_fill(~valid, -1).topk(slots, dim=1)
+        # Stable: among equal scores (useless anchors all have 0) the earlier ones stay, however
+        # many slots of padding lie between them.
+        scores, index = scores.masked_fill(~valid, -1).sort(dim=1, descending=True, stable=True)
+        scores, index = scores[:, :slots], index[:, :slots]
         valid = scores >= 0
         boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4))
         whole_image = torch.cat((whwh[:, :2] / 2, whwh[:, 2:]), dim=1)[:, None]
