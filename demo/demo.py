@@ -23,6 +23,7 @@ from PIL import Image
 
 from asag.config import load_config
 from asag.data.image_io import read_image
+from asag.engine.launch import find_config
 from asag.predictor import Predictor
 from asag.visualization.detections import draw_detections
 from asag.visualization.media import (
@@ -152,7 +153,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
     """The model with its weights on its device."""
-    cfg = load_config(args.config_file, args.opts)
+    cfg = load_config(str(find_config(args.config_file)), args.opts)
     if args.weights:
         cfg.MODEL.WEIGHTS = args.weights
     if not cfg.MODEL.WEIGHTS:
