@@ -52,6 +52,13 @@ setup(
         "fast": ["faster-coco-eval>=1.6"],
         "backbones": ["timm>=1.0"],
         "visual": ["matplotlib>=3.7", "opencv-python-headless>=4.7", "tensorboard>=2.12"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6"],
+        "export": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "transformers>=4.45",
+        ],
     },
 )

@@ -21,7 +21,7 @@ import torch
 from detectron2.structures import Instances
 from PIL import Image
 
-from asag.config import load_config
+from asag import load_config
 from asag.data.image_io import read_image
 from asag.engine.launch import find_config
 from asag.predictor import Predictor

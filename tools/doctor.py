@@ -221,7 +221,7 @@ def check_step(config: Path = TINY_CONFIG) -> Iterator[Line]:
     try:
         import torch
 
-        from asag.config import load_config
+        from asag import load_config
 
         cfg = load_config(str(config))
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,8 +19,8 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..config import load_config
 from ..config_checks import check_config
+from ..config_loading import load_config
 from ..data import (
     CocoSplit,
     RegisteredFolder,

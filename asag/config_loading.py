@@ -1,0 +1,62 @@
+"""Reading a configuration: a yaml file, then overrides; only known keys pass."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode as CN
+
+from .config import get_asag_cfg
+
+
+def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
+    """Configuration of a yaml file (its `_BASE_` included) and KEY VALUE overrides.
+
+    Whole numbers are taken for keys that hold floats.
+
+    Raises:
+        KeyError: an unknown key; the message names it and the nearest known ones.
+        ValueError: a value of the wrong type, or an odd number of override words.
+    """
+    cfg = get_asag_cfg()
+    if len(options) % 2:
+        raise ValueError(f"overrides come in pairs KEY VALUE, got {list(options)}")
+    loaded = CN(CN.load_yaml_with_base(config_file))
+    _fit(cfg, _leaves(loaded), config_file, loaded)
+    cfg.merge_from_other_cfg(loaded)
+    given = CN({})
+    for key, value in zip(options[::2], options[1::2], strict=True):
+        node = given
+        *parents, leaf = key.split(".")
+        for name in parents:
+            node = node.setdefault(name, CN({}))
+        node[leaf] = CN._decode_cfg_value(value)
+    _fit(cfg, _leaves(given), "the command line", given)
+    cfg.merge_from_other_cfg(given)
+    return cfg
+
+
+def _leaves(node: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, CN):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _fit(cfg: CN, leaves: Iterator[tuple[str, Any]], source: str, given: CN) -> None:
+    """Refuses unknown keys and turns whole numbers into floats where the default is a float."""
+    known = dict(_leaves(cfg))
+    for key, value in list(leaves):
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise KeyError(f"unknown configuration key {key} in {source}{hint}")
+        if isinstance(known[key], float) and type(value) is int:
+            *parents, leaf = key.split(".")
+            node = given
+            for name in parents:
+                node = node[name]
+            node[leaf] = float(value)
