@@ -12,6 +12,7 @@ LEVELS = {
     "asag.files": 0,
     "asag.config": 0,
     "asag.config_checks": 0,
+    "asag.config_loading": 0,
     "asag.structures": 0,
     "asag.data": 0,
     "asag.checkpoint": 0,
