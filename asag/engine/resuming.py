@@ -1,0 +1,132 @@
+"""What a checkpoint of a training holds, and how a training goes on from it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
+
+from .checkpointer import AtomicCheckpointer
+from .hooks import BestResult
+from .rng import rng_state
+from .step import TrainStep
+
+# What `--resume` needs of a checkpoint's "trainer" beside Detectron2's iteration and hooks.
+OWN_STATE = ("optimizer", "grad_scaler", "rng", "seed", "config")
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(DefaultTrainer):
+    """The part of `Trainer` that writes checkpoints and goes on from them.
+
+    A resumed run equals an uninterrupted one: checkpoints hold optimiser, schedule, loss scale and
+    the random state of every process.
+    """
+
+    cfg: CfgNode
+    checkpointer: AtomicCheckpointer
+    seed: int
+    class_names: list[str]
+    best: BestResult | None
+    _trainer: TrainStep
+    _rng_states: list[dict[str, Any]]
+
+    def save_checkpoint(self, name: str) -> None:
+        """Writes all that `--resume` needs; every process must call it."""
+        self.collect_log()  # never keep the weights of a training that diverged unnoticed
+        self._rng_states = comm.gather(rng_state())
+        self.checkpointer.save(name, class_names=self.class_names)
+
+    def save_weights(self, name: str) -> None:
+        """Writes the model and its class names only."""
+        self.checkpointer.save_weights(name, class_names=self.class_names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Iteration and hooks (with the learning rate schedule) as Detectron2 keeps them, and what
+        v0.5 leaves out."""
+        return TrainerBase.state_dict(self) | {
+            "optimizer": self.optimizer.state_dict(),
+            "grad_scaler": self._trainer.grad_scaler.state_dict(),
+            "rng": self._rng_states,
+            "seed": self.seed,
+            "config": self.cfg.dump(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from `state_dict()`.
+
+        Raises:
+            ValueError: the state is not one of this trainer.
+        """
+        missing = set(OWN_STATE) - state_dict.keys()
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {', '.join(sorted(missing))}: it was not written by this "
+                "trainer. Pass it as MODEL.WEIGHTS, without --resume, to start from its weights."
+            )
+        TrainerBase.load_state_dict(self, state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        self.seed = state_dict["seed"]
+        self._rng_states = state_dict["rng"]
+        if len(self._rng_states) != comm.get_world_size():
+            logger.warning(
+                f"the checkpoint was written by {len(self._rng_states)} process(es), now there are "
+                f"{comm.get_world_size()}: random numbers (dropout) go on differently"
+            )
+            self._rng_states = []
+        for line in changed_keys(CfgNode.load_cfg(state_dict["config"]), self.cfg):
+            logger.warning(f"changed since the checkpoint: {line}")
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continues the run in OUTPUT_DIR, or starts from MODEL.WEIGHTS.
+
+        Args:
+            resume: go on from OUTPUT_DIR's last checkpoint if there is one.
+
+        Raises:
+            ValueError: the checkpoint to resume belongs to other classes, or is no resumable one.
+        """
+        found = self.checkpointer.has_checkpoint()
+        if found and not resume:
+            logger.warning(
+                f"{self.cfg.OUTPUT_DIR} holds an earlier run, whose files will be overwritten; "
+                "to go on with it use --resume"
+            )
+        extra = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if not (resume and found):
+            if resume:
+                logger.info(f"no checkpoint in {self.cfg.OUTPUT_DIR}: training from the start")
+            return
+        names = extra.get("class_names", [])
+        if names != self.class_names:
+            raise ValueError(
+                f"the run in OUTPUT_DIR = {self.cfg.OUTPUT_DIR} was trained on the classes "
+                f"{names}, the data has {self.class_names}; choose another OUTPUT_DIR"
+            )
+        # A checkpoint holds the number of the step it was written after.
+        self.start_iter = self.iter + 1
+        self.best = BestResult.read(self.cfg.OUTPUT_DIR)
+        logger.info(f"resumed at iteration {self.start_iter} of {self.max_iter}")
+
+
+def changed_keys(before: CfgNode, after: CfgNode, prefix: str = "") -> list[str]:
+    """`KEY: old -> new` for every key that differs; keys of one side only count as None."""
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, CfgNode) and isinstance(new, CfgNode):
+            lines += changed_keys(old, new, f"{prefix}{key}.")
+        elif _plain(old) != _plain(new):
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    """YAML knows no tuples."""
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
