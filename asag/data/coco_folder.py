@@ -5,6 +5,7 @@ checks them, reports what is in them, and registers `<folder>_train` and `<folde
 Detectron2.
 """
 
+import itertools
 import os
 import re
 from dataclasses import dataclass, replace
@@ -70,7 +71,8 @@ def register_coco_folder(
 
     Args:
         folder: the folder; `find_coco_splits` says which layouts are known.
-        name: prefix of the registered names; by default the folder's name.
+        name: prefix of the registered names; by default the folder's name, with a number behind it
+            where other data sets are called so.
         output_dir: where cleaned copies of annotation files go, if any are needed.
         evaluate_on_train: use the training images for evaluation too, when there is no other split.
 
@@ -90,7 +92,7 @@ def register_coco_folder(
         )
         raise DatasetError([Complaint(str(folder), "no evaluation annotations found", remedy)])
     return register_coco_splits(
-        name or _name_of(folder),
+        name or _free_name(_name_of(folder)),
         train=splits["train"],
         val=None if evaluate_on_train else splits["val"],
         output_dir=output_dir,
@@ -229,6 +231,18 @@ def dataset_dicts(table: CocoTable) -> list[dict]:
 
 def _name_of(folder: Path) -> str:
     return re.sub(r"\W+", "_", folder.resolve().name).strip("_") or "data"
+
+
+def _free_name(name: str) -> str:
+    """The name, or the first of `name_2`, `name_3`, ... that no data set from elsewhere has."""
+    candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+    return next(candidate for candidate in candidates if not _foreign(candidate))
+
+
+def _foreign(name: str) -> bool:
+    """Whether a split of this name was registered by other means than this module."""
+    splits = {f"{name}_{split}" for split in SPLIT_FOLDERS}
+    return bool(splits & set(DatasetCatalog.list()) - _registered_here)
 
 
 def _annotation_files(folder: Path, aliases: tuple[str, ...]) -> list[Path]:

@@ -13,6 +13,9 @@ from ..checkpoint.loading import PublishedCheckpointer
 from ..files import atomic_writer
 
 
+SCRATCH_FILES = ".*.pth.*"  # what `write_atomically` calls a checkpoint that is not complete
+
+
 class AtomicCheckpointer(PublishedCheckpointer):
     """Detectron2's checkpointer, except that a crash while writing leaves the older file readable,
     and that it reads the papers' published weights.
@@ -48,6 +51,8 @@ class AtomicCheckpointer(PublishedCheckpointer):
         target = Path(self.save_dir) / f"{name}.pth"
         target.parent.mkdir(parents=True, exist_ok=True)
         self.logger.info(f"Saving checkpoint to {target}")
+        for leftover in target.parent.glob(SCRATCH_FILES):  # of a process killed while it wrote
+            leftover.unlink(missing_ok=True)
         write_atomically(data, target)
 
 

@@ -1,0 +1,75 @@
+#!/usr/bin/env python
+"""train_net.py that also notes the exact loss of every iteration, and which processes took part.
+
+OUTPUT_DIR/losses.txt gets a line `iteration loss` as soon as an iteration is done, the loss as a
+hexadecimal float (no digit lost); metrics.json smooths and thins out. Lines of a process that is
+killed stay. OUTPUT_DIR/process<rank>.txt holds the id of the latest process of a rank.
+
+    python tools/recorded_training.py ARGUMENTS OF train_net.py
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from asag.engine import Trainer, launch
+
+LOSSES_FILE = "losses.txt"
+PROCESS_FILE = "process{rank}.txt"
+
+
+class LossRecorder(HookBase):
+    """Writes `losses.txt` and `process<rank>.txt` below a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = Path(folder)
+
+    def before_train(self) -> None:
+        place = self._folder / PROCESS_FILE.format(rank=comm.get_rank())
+        place.write_text(str(os.getpid()))
+
+    def after_step(self) -> None:
+        self.trainer.collect_log()
+        if comm.is_main_process():
+            loss = self.trainer.storage.history("total_loss").latest()
+            with open(self._folder / LOSSES_FILE, "a") as file:
+                file.write(f"{self.trainer.iter} {float(loss).hex()}\n")
+
+
+class RecordingTrainer(Trainer):
+    """The trainer with a `LossRecorder` in front of the checkpoints: whatever a checkpoint holds
+    has been recorded."""
+
+    def build_hooks(self) -> list[HookBase]:
+        """The usual hooks behind the recorder."""
+        return [LossRecorder(self.cfg.OUTPUT_DIR), *super().build_hooks()]
+
+
+def read_losses(folder: Path) -> list[tuple[int, float]]:
+    """(iteration, loss) in the order of writing; an iteration done twice is there twice.
+
+    A last line that a kill cut short is left out.
+    """
+    path = folder / LOSSES_FILE
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text().rpartition("\n")
+    rows = [line.split() for line in whole.splitlines()]
+    return [(int(iteration), float.fromhex(loss)) for iteration, loss in rows]
+
+
+def main(arguments: list[str]) -> int:
+    """`train_net.py` with these arguments, recorded; returns its exit code."""
+    launch.Trainer = RecordingTrainer
+    return launch.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
