@@ -13,8 +13,8 @@ instant of one of three kinds:
 
 After every kill the last checkpoint must be complete. In the end every loss of every attempt, the
 final weights and the evaluation must equal those of the uninterrupted run, bit for bit, and no
-unfinished checkpoint may be left. Attempts are forked from a process that has imported everything and
-started no thread, so that an attempt takes a second or two and not the ten of a new interpreter.
+unfinished checkpoint may be left. Attempts are forked from a process that has imported everything
+and started no thread, so that one takes a second or two and not the ten of a new interpreter.
 
 Exit code: 0 if all of this held, 1 with a list of what did not.
 """

@@ -12,7 +12,6 @@ import torch
 from ..checkpoint.loading import PublishedCheckpointer
 from ..files import atomic_writer
 
-
 SCRATCH_FILES = ".*.pth.*"  # what `write_atomically` calls a checkpoint that is not complete
 
 
