@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode as CN
 
 from .config import get_asag_cfg
+
+# A checkout has configs/ beside the package, an installed package holds a copy.
+_PACKAGE = Path(__file__).resolve().parent
+CONFIG_FOLDERS = (_PACKAGE.parent / "configs", _PACKAGE / "model_configs")
+
+
+def find_config(name: str) -> Path:
+    """A configuration file by path, or by its name below the library's configs.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    for path in (Path(name), *(folder / name for folder in CONFIG_FOLDERS)):
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"--config-file {name}: no such file, neither from here nor below {CONFIG_FOLDERS[0]}"
+    )
 
 
 def load_config(config_file: str, options: Sequence[str] = ()) -> CN:

@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from ..config_checks import check_config
-from ..config_loading import load_config
+from ..config_loading import find_config, load_config
 from ..data import (
     CocoSplit,
     RegisteredFolder,
@@ -117,21 +117,6 @@ def configure(args: argparse.Namespace) -> tuple[CfgNode, CfgNode]:
     if cfg.OUTPUT_DIR == "./output":  # Detectron2's default
         cfg.OUTPUT_DIR = os.path.join("output", path.stem)
     return cfg, recipe
-
-
-def find_config(name: str) -> Path:
-    """A configuration file by path, or by its name below the library's configs.
-
-    Raises:
-        ValueError: there is no such file.
-    """
-    package = Path(__file__).resolve().parents[1]
-    # A checkout has configs/ beside the package, an installed package holds a copy.
-    roots = (package.parent / "configs", package / "model_configs")
-    for path in (Path(name), *(root / name for root in roots)):
-        if path.is_file():
-            return path
-    raise ValueError(f"--config-file {name}: no such file, neither from here nor below {roots[0]}")
 
 
 def choose_device(cfg: CfgNode, num_gpus: int, say: Any = print) -> bool:
