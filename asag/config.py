@@ -52,14 +52,18 @@ def _add_model(cfg: CN) -> None:
     # Precision of convolutions and matrix products outside of training: "float32", "bfloat16" or
     # "float16".
     cfg.MODEL.INFERENCE_DTYPE = "float32"
-    # torch.compile for backbone and stages. Pays off after a minute of compilation, on fixed sizes.
+    # torch.compile for backbone, encoder layers, stages, and an anchor generator with fixed
+    # capacities. Pays off after a minute of compilation, on fixed sizes.
     cfg.MODEL.COMPILE = False
+    # Compute the stages of backbone and decoder and the layers of an encoder again in the backward
+    # pass instead of keeping them: less memory, about a third more time, the same numbers.
+    cfg.MODEL.ACTIVATION_CHECKPOINTING = False
     # IoU threshold of class-wise non-maximum suppression on the detections, 0 to 1; 0 is off.
     cfg.MODEL.NMS_THRESH_TEST = 0.0
     # Module between backbone and everything that reads features; "" is none (FPN is a backbone).
     cfg.MODEL.NECK = CN()
     cfg.MODEL.NECK.NAME = ""
-    # Number of queries N.
+    # Number of queries N. "DenseProposals" fills them with the best of MODEL.RPN's proposals.
     cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES = 100
     # Boxes that learning starts from: "image" (all equal to it), "grid", "random" or "center".
     cfg.MODEL.PROPOSAL_GENERATOR.BOX_INIT = "image"
@@ -191,6 +195,9 @@ def _add_asag(cfg: CN) -> None:
     # Channels of the compressed maps, and cells of a patch's side.
     a.COMPRESSED_DIM = 8
     a.PATCH_SIZE = 15
+    # Where the anchors of a patch start: "random" or, for training from scratch on little data,
+    # "grid".
+    a.ANCHOR_INIT = "random"
     # Anchors of each of the five patches of P5 and P6 (n1), and of each probed patch (n2).
     a.FIXED_ANCHORS = 50
     a.PATCH_ANCHORS = 20
@@ -231,7 +238,8 @@ def _add_asag(cfg: CN) -> None:
     a.CLASS_WEIGHT = 8.0
     a.L1_WEIGHT = 4.0
     a.GIOU_WEIGHT = 2.0
-    # Inner width of the proposal block's feed-forward network, and depth of its towers.
+    # Inner width of the proposal block's feed-forward network, and depth of its towers (also of
+    # "DenseProposals").
     a.FFN_DIM = 2048
     a.NUM_CLS_LAYERS = 1
     a.NUM_REG_LAYERS = 3
@@ -343,11 +351,32 @@ def _add_solver(cfg: CN) -> None:
     s.SCALE_LR = "none"
     # Forward and backward passes that share one optimiser step; IMS_PER_BATCH counts their sum.
     s.ACCUMULATE_STEPS = 1
+    # Exponential moving average of the weights, with which the evaluations and `model_best` then
+    # work: decay a step, 0 to 1, and its warm-up. At step t = 0, 1, ... the decay is at most
+    # (1 + t) / (WARMUP + t); 1 is no warm-up.
+    s.EMA = CN()
+    s.EMA.ENABLED = False
+    s.EMA.DECAY = 0.9998
+    s.EMA.WARMUP = 10.0
+    # Evaluations (every TEST.EVAL_PERIOD iterations) in a row without a better box AP after which
+    # training ends; 0 trains to the end.
+    s.EARLY_STOP_PATIENCE = 0
+    # Steps with losses, predictions or gradients that are NaN or infinite: how many, in all, are
+    # left out (no update, a warning) before the training ends. 0 ends it at the first.
+    s.NON_FINITE = CN()
+    s.NON_FINITE.MAX_SKIPS = 0
+    # Forward and backward pass of the largest possible batch before the training, without a trace
+    # in it, to see whether the memory is enough: "auto" (on CUDA only), "always" or "never".
+    s.MEMORY_CHECK = "auto"
 
 
 def _add_test(cfg: CN) -> None:
     # Validation images drawn with their predictions after each evaluation.
     cfg.TEST.NUM_PICTURES = 8
+    # Losses on the first data set of DATASETS.TEST at each evaluation, as val_loss/*.
+    cfg.TEST.LOSS = False
+    # Evaluate and predict with the averaged weights of a checkpoint that holds them (SOLVER.EMA).
+    cfg.TEST.EMA_WEIGHTS = True
     # Test-time augmentation, beside Detectron2's TEST.AUG.ENABLED, MIN_SIZES, MAX_SIZE and FLIP.
     aug = cfg.TEST.AUG
     # Augmented copies of an image that go through the network together.

@@ -89,7 +89,9 @@ class Predictor:
             ValueError: the weights are not of this model.
         """
         model = build_model(cfg)
-        checkpoint = load_weights(model, cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else {}
+        checkpoint = {}
+        if cfg.MODEL.WEIGHTS:
+            checkpoint = load_weights(model, cfg.MODEL.WEIGHTS, use_average=cfg.TEST.EMA_WEIGHTS)
         return cls(
             model,
             class_names=find_class_names(cfg, checkpoint),
@@ -192,11 +194,13 @@ class _StrictCheckpointer(PublishedCheckpointer):
         return incompatible
 
 
-def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
+def load_weights(model: nn.Module, path: str, *, use_average: bool = True) -> dict[str, Any]:
     """Loads a checkpoint whole.
 
     Args:
+        model: the detector.
         path: file, or any address that Detectron2's checkpointer knows.
+        use_average: take averaged weights (SOLVER.EMA) where the file holds them.
 
     Returns:
         What the checkpoint holds besides the model, such as `class_names`.
@@ -208,7 +212,9 @@ def load_weights(model: nn.Module, path: str) -> dict[str, Any]:
     if "://" not in path and not PathManager.isfile(path):
         raise FileNotFoundError(f"no weights file {path}: check --weights or MODEL.WEIGHTS")
     try:
-        return _StrictCheckpointer(model, save_to_disk=False).load(path)
+        checkpointer = _StrictCheckpointer(model, save_to_disk=False)
+        checkpointer.use_average = use_average
+        return checkpointer.load(path)
     except ValueError as error:
         raise ValueError(f"weights {path} do not fit the configuration: {error}") from error
     except Exception as error:  # torch and pickle raise a dozen kinds

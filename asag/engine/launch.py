@@ -222,7 +222,8 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
     results = trainer.train()
     if results is None:
         return
-    augmented = _test_augmented(cfg, unwrap(trainer.model))
+    with trainer.evaluation_weights():
+        augmented = _test_augmented(cfg, unwrap(trainer.model))
     if not comm.is_main_process():
         return
     best = trainer.best
@@ -253,6 +254,7 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
     if args.resume and not checkpointer.has_checkpoint():
         raise ValueError(f"--resume: there is no checkpoint in OUTPUT_DIR = {cfg.OUTPUT_DIR}")
+    checkpointer.use_average = cfg.TEST.EMA_WEIGHTS
     extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
     trained, data = extra.get("class_names"), datasets.class_names(cfg.DATASETS.TEST[0])
     if trained and data and list(trained) != data:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -11,6 +12,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 
 from .checkpointer import AtomicCheckpointer
+from .ema import WeightAverage
 from .hooks import BestResult
 from .rng import rng_state
 from .step import TrainStep
@@ -24,8 +26,8 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(DefaultTrainer):
     """The part of `Trainer` that writes checkpoints and goes on from them.
 
-    A resumed run equals an uninterrupted one: checkpoints hold optimiser, schedule, loss scale and
-    the random state of every process.
+    A resumed run equals an uninterrupted one: checkpoints hold optimiser, schedule, loss scale,
+    averaged weights ("ema" beside "model") and the random state of every process.
     """
 
     cfg: CfgNode
@@ -33,6 +35,7 @@ class ResumableTrainer(DefaultTrainer):
     seed: int
     class_names: list[str]
     best: BestResult | None
+    ema: WeightAverage | None
     _trainer: TrainStep
     _rng_states: list[dict[str, Any]]
 
@@ -43,8 +46,15 @@ class ResumableTrainer(DefaultTrainer):
         self.checkpointer.save(name, class_names=self.class_names)
 
     def save_weights(self, name: str) -> None:
-        """Writes the model and its class names only."""
-        self.checkpointer.save_weights(name, class_names=self.class_names)
+        """Writes the model (averaged where SOLVER.EMA is on) and its class names only."""
+        with self.evaluation_weights():
+            self.checkpointer.save_weights(name, class_names=self.class_names)
+
+    def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model has the weights that evaluations and `model_best` use: the averaged
+        ones where SOLVER.EMA is on."""
+        use = self.ema is not None and self.cfg.TEST.EMA_WEIGHTS
+        return self.ema.applied() if use else contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         """Iteration and hooks (with the learning rate schedule) as Detectron2 keeps them, and what
@@ -54,6 +64,7 @@ class ResumableTrainer(DefaultTrainer):
             "grad_scaler": self._trainer.grad_scaler.state_dict(),
             "rng": self._rng_states,
             "seed": self.seed,
+            "ema_updates": self.ema.updates if self.ema else 0,
             "config": self.cfg.dump(),
         }
 
@@ -80,6 +91,9 @@ class ResumableTrainer(DefaultTrainer):
                 f"{comm.get_world_size()}: random numbers (dropout) go on differently"
             )
             self._rng_states = []
+        if self.ema is not None:
+            self.ema.restart()  # from the weights; the checkpoint's average follows, if it has one
+            self.ema.updates = state_dict.get("ema_updates", 0)
         for line in changed_keys(CfgNode.load_cfg(state_dict["config"]), self.cfg):
             logger.warning(f"changed since the checkpoint: {line}")
 
@@ -98,8 +112,12 @@ class ResumableTrainer(DefaultTrainer):
                 f"{self.cfg.OUTPUT_DIR} holds an earlier run, whose files will be overwritten; "
                 "to go on with it use --resume"
             )
+        # Going on needs the latest weights, a new start the best ones.
+        self.checkpointer.use_average = self.cfg.TEST.EMA_WEIGHTS and not (resume and found)
         extra = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if not (resume and found):
+            if self.ema is not None:
+                self.ema.restart()
             if resume:
                 logger.info(f"no checkpoint in {self.cfg.OUTPUT_DIR}: training from the start")
             return

@@ -27,6 +27,7 @@ from ..data import SparseDetectionMapper, build_train_loader
 from ..modeling.tta import DetectorWithTTA, check_test_augmentation
 from . import datasets
 from .checkpointer import AtomicCheckpointer
+from .ema import WeightAverage
 from .hooks import BestResult, Checkpointing, Evaluation
 from .loss_log import LossLog, NonFiniteLossError, divergence_message, file_names
 from .optimizer import build_optimizer
@@ -89,7 +90,12 @@ class Trainer(ResumableTrainer):
             clip=build_clipper(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.ema = WeightAverage.from_config(cfg, model)
+        states = {"trainer": weakref.proxy(self)}
+        if self.ema is not None:
+            self.ema.follow(optimizer)
+            states["ema"] = self.ema
+        self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, **states)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.class_names = datasets.class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
@@ -267,7 +273,7 @@ class Trainer(ResumableTrainer):
         Returns:
             What `test` returns; empty on all but the main process.
         """
-        with preserved_rng():
+        with preserved_rng(), self.evaluation_weights():
             self.results = self.test(self.cfg, unwrap(self.model))
         return self.results
 
