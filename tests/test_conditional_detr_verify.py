@@ -11,8 +11,8 @@ import verify
 from detectron2.layers import ShapeSpec
 
 from asag import get_asag_cfg
-from asag.checkpoint.detr import BACKBONE_RULES, OURS_BODY, THEIRS_BODY
 from asag.checkpoint.mapping import NameTable
+from asag.checkpoint.resnet import torchvision_rules
 from asag.modeling.backbone import build_dc5_resnet_backbone
 
 
@@ -66,12 +66,12 @@ def test_backbones_are_torchvisions(depth: int, dilated: bool) -> None:
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res5"]
     ours = build_dc5_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
     state = {
-        f"{THEIRS_BODY}{name}": value
+        name: value
         for name, value in theirs.state_dict().items()
         if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
     }
-    renamed = NameTable(source="torchvision", rules=BACKBONE_RULES).to_ours(state)
-    ours.load_state_dict({k.removeprefix(OURS_BODY): v for k, v in renamed.items()}, strict=True)
+    table = NameTable(source="torchvision", rules=torchvision_rules("", ""))
+    ours.load_state_dict(table.to_ours(state), strict=True)
     x = torch.randn(1, 3, 65, 97)
     with torch.no_grad():
         for name, module in theirs.named_children():

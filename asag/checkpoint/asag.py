@@ -7,29 +7,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .mapping import NameTable
+from .resnet import torchvision_rules
 
 GENERATOR, BLOCK = "proposal_generator.generator.network.", "proposal_generator.block."
 OURS = "roi_heads.stages.{k}."
 MIXER, DYNAMIC = "decoder.bbox_head.{k}.", "decoder.head_series.{k}."
 # Sequential modules of linear layers with an activation between them, which has no weights.
 _MLP = tuple((i, 2 * i) for i in range(3))
-
-
-def _backbone_rules() -> tuple[tuple[str, str], ...]:
-    """torchvision's ResNet -> Detectron2's."""
-    theirs, ours = "backbone.0.body.", "backbone.bottom_up."
-    block = [(f"conv{i}.", f"conv{i}.") for i in (1, 2, 3)] + [
-        (f"bn{i}.", f"conv{i}.norm.") for i in (1, 2, 3)
-    ]
-    block += [("downsample.0.", "shortcut."), ("downsample.1.", "shortcut.norm.")]
-    stages = tuple(
-        (f"{theirs}layer{stage}.{{j}}.{a}", f"{ours}res{stage + 1}.{{j}}.{b}")
-        for stage in range(1, 5)
-        for a, b in block
-    )
-    stem = ((f"{theirs}conv1.", f"{ours}stem.conv1."), (f"{theirs}bn1.", f"{ours}stem.conv1.norm."))
-    return stem + stages
-
 
 NECK_RULES = tuple(
     (f"neck.{theirs}.{i}.0.", f"backbone.fpn_{ours}{i + 2}.")
@@ -117,7 +101,7 @@ DYNAMIC_RULES = (
 ASAG = NameTable(
     source="the ASAG release",
     rules=(
-        *_backbone_rules(),
+        *torchvision_rules("backbone.0.body.", "backbone.bottom_up."),
         *NECK_RULES,
         *GENERATOR_RULES,
         *BLOCK_RULES,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .mapping import NameTable
+from .resnet import torchvision_rules
 
-THEIRS_BODY, OURS_BODY = "backbone.0.body.", "backbone."
 THEIRS_ENCODER, OURS_ENCODER = "transformer.encoder.layers.{i}.", "neck.layers.{i}."
 THEIRS_STAGE, OURS_STAGE = "transformer.decoder.layers.{i}.", "roi_heads.stages.{i}."
 
@@ -17,43 +17,9 @@ UNUSED_CATEGORIES = (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 PUBLISHED_COLUMNS = 91
 CLASSIFIER = "roi_heads.class_logits"
 
-# torchvision's ResNet in Detectron2's terms.
-BACKBONE_RULES = (
-    (f"{THEIRS_BODY}conv1.", f"{OURS_BODY}stem.conv1."),
-    (f"{THEIRS_BODY}bn1.", f"{OURS_BODY}stem.conv1.norm."),
-    *(
-        rule
-        for n in (1, 2, 3, 4)
-        for rule in (
-            (
-                f"{THEIRS_BODY}layer{n}.{{i}}.downsample.1.",
-                f"{OURS_BODY}res{n + 1}.{{i}}.shortcut.norm.",
-            ),
-            (
-                f"{THEIRS_BODY}layer{n}.{{i}}.downsample.0.",
-                f"{OURS_BODY}res{n + 1}.{{i}}.shortcut.",
-            ),
-            *(
-                (
-                    f"{THEIRS_BODY}layer{n}.{{i}}.bn{k}.",
-                    f"{OURS_BODY}res{n + 1}.{{i}}.conv{k}.norm.",
-                )
-                for k in (1, 2, 3)
-            ),
-            *(
-                (
-                    f"{THEIRS_BODY}layer{n}.{{i}}.conv{k}.",
-                    f"{OURS_BODY}res{n + 1}.{{i}}.conv{k}.",
-                )
-                for k in (1, 2, 3)
-            ),
-        )
-    ),
-)
-
 # What DETR and Conditional DETR share.
 COMMON_RULES = (
-    *BACKBONE_RULES,
+    *torchvision_rules("backbone.0.body.", "backbone."),
     ("input_proj.", "neck.input_proj."),
     ("query_embed.weight", "proposal_generator.embedding"),
     (f"{THEIRS_ENCODER}self_attn.in_proj_weight", f"{OURS_ENCODER}self_attention.in_proj.weight"),

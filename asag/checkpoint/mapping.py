@@ -40,7 +40,15 @@ class NameTable:
 
     def covers(self, names: Iterable[str]) -> bool:
         """Whether every published name is known to this table."""
-        return all(any(p.match(name) for p, _ in self._compiled[0]) for name in names)
+        return not self.unknown(names)
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """The published names that no rule covers."""
+        return [x for x in names if not any(p.match(x) for p, _ in self._compiled[0])]
+
+    def unnamed(self, names: Iterable[str]) -> list[str]:
+        """The names of this library that the source has no name for."""
+        return [x for x in names if not any(p.match(x) for p, _ in self._compiled[1])]
 
     @staticmethod
     def _rename(state: Mapping[str, T], rules: list, where: str) -> dict[str, T]:

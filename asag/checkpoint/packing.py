@@ -56,18 +56,30 @@ class PackedTable:
         """Unpacks and renames. Raises KeyError naming what no rule covers."""
         unpacked: dict[str, Tensor] = {}
         for name, value in state.items():
-            count = self._count(name)
-            if count == 1:
-                unpacked[name] = value
-                continue
-            layer, _, kind = name.rpartition(".")
-            for i, part in enumerate(value.chunk(count)):
-                unpacked[f"{layer}.part{i}.{kind}"] = part
+            parts = self._part_names(name)
+            slices = value.chunk(len(parts)) if len(parts) > 1 else (value,)
+            unpacked.update(zip(parts, slices, strict=True))
         return self.names.to_theirs(unpacked)
 
     def covers(self, names: Iterable[str]) -> bool:
         """Whether every published name is known to this table."""
         return self.names.covers(names)
+
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """The published names that no rule covers."""
+        return self.names.unknown(names)
+
+    def unnamed(self, names: Iterable[str]) -> list[str]:
+        """The names of this library that the source has no name for."""
+        return [x for x in names if self.names.unnamed(self._part_names(x))]
+
+    def _part_names(self, name: str) -> list[str]:
+        """The slices of a tensor of this library, or its name where it is kept whole."""
+        count = self._count(name)
+        if count == 1:
+            return [name]
+        layer, _, kind = name.rpartition(".")
+        return [f"{layer}.part{i}.{kind}" for i in range(count)]
 
     def _count(self, name: str) -> int:
         layer = name.rpartition(".")[0]
