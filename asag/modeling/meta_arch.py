@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from ..config_checks import check_config
 from ..structures import ImageSizes, Predictions, Queries, Targets
 from .backbone import ZeroPadding
+from .backbone.parts import backbone_stages
 from .criterion import build_criterion
+from .layers.checkpointing import recompute
 from .matching import build_matcher
 from .neck import build_neck
 from .postprocess import select_detections
@@ -62,6 +64,7 @@ class SparseDetector(nn.Module):
         inference_dtype: torch.dtype | None = None,
         channels_last: bool = False,
         compile: bool = False,
+        activation_checkpointing: bool = False,
     ) -> None:
         """
         Args:
@@ -81,7 +84,8 @@ class SparseDetector(nn.Module):
             inference_dtype: of autocast outside of training; None leaves the precision to the
                 caller.
             channels_last: run the backbone in the NHWC memory format.
-            compile: run backbone, encoder layers and stages through `torch.compile`.
+            compile: run what does the work through `torch.compile`, see `compile_parts`.
+            activation_checkpointing: keep less for the backward pass, see `recompute_parts`.
         """
         super().__init__()
         self.backbone = backbone
@@ -102,6 +106,8 @@ class SparseDetector(nn.Module):
         self.zero_padding = ZeroPadding(backbone) if exact_padding else None
         if channels_last:
             self.use_channels_last()
+        if activation_checkpointing:
+            self.recompute_parts()
         if compile:
             self.compile_parts()
 
@@ -110,11 +116,26 @@ class SparseDetector(nn.Module):
         self.memory_format = torch.channels_last
         self.backbone.to(memory_format=torch.channels_last)
 
+    def recompute_parts(self) -> None:
+        """Makes the stages of the backbone, the layers of an encoder and the decoder stages compute
+        their forward pass again in the backward pass, instead of keeping it."""
+        # While the backbone runs, its hooks know the padding of the batch.
+        situation = self.zero_padding.situation if self.zero_padding else None
+        for stage in backbone_stages(self.backbone):
+            recompute(stage, situation)
+        for layer in (*getattr(self.neck, "layers", ()), *self.roi_heads.stages):
+            recompute(layer)
+
     def compile_parts(self) -> None:
-        """Compiles what does the work, in place: parameter names stay as they are."""
-        self.backbone.compile()
-        for stage in (*getattr(self.neck, "layers", ()), *self.roi_heads.stages):
-            stage.compile()
+        """Compiles what does the work, in place: parameter names stay as they are.
+
+        That is the backbone, the layers of an encoder, what a proposal generator offers as its
+        `compilable` parts, and the stages.
+        """
+        encoder = getattr(self.neck, "layers", ())
+        proposing = getattr(self.proposal_generator, "compilable", ())
+        for part in (self.backbone, *encoder, *proposing, *self.roi_heads.stages):
+            part.compile()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -152,6 +173,7 @@ class SparseDetector(nn.Module):
             "inference_dtype": INFERENCE_DTYPES[model.INFERENCE_DTYPE],
             "channels_last": model.CHANNELS_LAST,
             "compile": model.COMPILE,
+            "activation_checkpointing": model.ACTIVATION_CHECKPOINTING,
         }
 
     @classmethod

@@ -9,8 +9,9 @@ B images, H x W cells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from detectron2.modeling.backbone.resnet import BasicStem
 from torch import Tensor, nn
@@ -58,11 +59,20 @@ class ZeroPadding:
     @contextmanager
     def __call__(self, sizes: ImageSizes) -> Iterator[None]:
         """Clears the padding of a batch of these sizes in whatever the network does meanwhile."""
-        self._masks = padding_masks(sizes) if sizes.any_padding else {}
+        with self._with_masks(padding_masks(sizes) if sizes.any_padding else {}):
+            yield
+
+    def situation(self) -> Callable[[], AbstractContextManager[None]]:
+        """What brings the masks of this moment back, for a stage that is computed a second time."""
+        return functools.partial(self._with_masks, self._masks)
+
+    @contextmanager
+    def _with_masks(self, masks: dict[tuple[int, int], Tensor]) -> Iterator[None]:
+        before, self._masks = self._masks, masks
         try:
             yield
         finally:
-            self._masks = {}
+            self._masks = before
 
     def _clear(self, x: Tensor) -> Tensor:
         mask = self._masks.get((x.shape[-2], x.shape[-1]))

@@ -1,0 +1,20 @@
+"""What a backbone consists of, for those who treat it part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from detectron2.modeling.backbone import ResNet
+from torch import nn
+
+from .swin import Swin
+
+
+def backbone_stages(backbone: nn.Module) -> Iterator[nn.Module]:
+    """The stages of the residual network or Swin Transformer inside of a backbone; none where it is
+    something else."""
+    for module in backbone.modules():
+        if isinstance(module, ResNet):
+            yield from module.stages
+        elif isinstance(module, Swin):
+            yield from module.features[1::2]
