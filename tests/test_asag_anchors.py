@@ -311,3 +311,21 @@ def test_one_capacity_alone_is_refused() -> None:
         AdaptiveAnchorGenerator(
             network=make_network(0), rules=ProbingRules(), patch_capacity=5, anchor_capacity=0
         )
+
+
+def test_anchors_can_start_on_a_grid():
+    torch.manual_seed(0)
+    network = AnchorNetwork(
+        dim=8, channels=2, fixed_anchors=7, patch_anchors=4, side=5, anchor_init="grid"
+    )
+    for mlp, cells in ((network.fixed_mlp, 3), (network.patch_mlp, 2)):
+        boxes = mlp[-1].bias.view(-1, 5)[:, :4].sigmoid()
+        for i, (cx, cy, w, h) in enumerate(boxes.tolist()):
+            assert cx == pytest.approx((i % cells + 0.5) / cells, abs=1e-5)
+            assert cy == pytest.approx((i // cells + 0.5) / cells, abs=1e-5)
+            assert w == h == pytest.approx(2 / 3, abs=1e-5)
+
+
+def test_start_of_anchors_is_checked():
+    with pytest.raises(ValueError, match=r"MODEL\.ASAG\.ANCHOR_INIT is 'centre'"):
+        AnchorNetwork(dim=8, anchor_init="centre")

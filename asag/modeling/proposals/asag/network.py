@@ -6,10 +6,13 @@ tokens, C channels after compression, A anchors of a patch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ...layers.init import xavier_init_matrices
+from ...registry import check_choice
 from .patches import crop_patches, resize_valid
 
 P5_STRIDE = 32
@@ -58,6 +61,7 @@ class AnchorNetwork(nn.Module):
         fixed_anchors: int = 50,
         patch_anchors: int = 20,
         side: int = 15,
+        anchor_init: str = "random",
     ) -> None:
         """
         Args:
@@ -66,8 +70,15 @@ class AnchorNetwork(nn.Module):
             fixed_anchors: anchors of each P5 quadrant and of P6 (n1).
             patch_anchors: anchors of each probed patch (n2).
             side: cells of a patch's side.
+            anchor_init: "random" as the authors', where every anchor starts as half of its patch
+                and has to find a place of its own; "grid" spreads them over the patch, which
+                spares a training from scratch on little data that search (not in the paper).
+
+        Raises:
+            ValueError: another `anchor_init`.
         """
         super().__init__()
+        check_choice("MODEL.ASAG.ANCHOR_INIT", anchor_init, ("random", "grid"))
         self.side = side
         in_dim, hidden_dim = side * side * channels, 125 * channels
         self.compress = nn.ModuleList(_compression(dim, channels) for _ in range(3))  # P3, P4, P5
@@ -82,6 +93,9 @@ class AnchorNetwork(nn.Module):
         xavier_init_matrices(self)
         for tokens in self.tokens:
             nn.init.zeros_(tokens.position)
+        if anchor_init == "grid":
+            for mlp in (self.fixed_mlp, self.patch_mlp):
+                _start_on_grid(mlp[-1])
 
     def fixed(self, p5: Tensor, whwh: Tensor, flips: bool) -> tuple[Tensor, Tensor]:
         """The part that always runs.
@@ -124,3 +138,14 @@ def _anchors(output: Tensor) -> Tensor:
     """(..., 5 A) -> (..., A, 5): box numbers through a sigmoid, the location logit as it is."""
     raw = output.unflatten(-1, (-1, 5))
     return torch.cat((raw[..., :4].sigmoid(), raw[..., 4:]), dim=-1)
+
+
+@torch.no_grad()
+def _start_on_grid(last: nn.Linear) -> None:
+    """Sets the biases so that the anchors lie on a square grid, each twice as large as its cell."""
+    anchors = last.bias.view(-1, 5)
+    cells = math.ceil(len(anchors) ** 0.5)
+    index = torch.arange(len(anchors), device=last.bias.device)
+    centres = torch.stack((index % cells, index // cells), dim=1).add(0.5) / cells
+    anchors[:, :2] = centres.logit()
+    anchors[:, 2:4] = torch.tensor(2 / max(cells, 3)).logit()
