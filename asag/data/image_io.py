@@ -33,6 +33,15 @@ def open_image(path: str) -> Image.Image:
         raise ImageReadError(
             f"cannot read image {path}: {error}. Replace the file, or take it out of the data set"
         ) from error
+    if image.mode == "F":  # whether 1 or 255 is white, the file does not say
+        raise ImageReadError(
+            f"image {path} has floating-point pixels: convert it to 8 bits a channel"
+        )
+    return upright(image)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded picture as `open_image` gives it: EXIF orientation applied, 16-bit grey scaled."""
     # A broken EXIF block says nothing about orientation; the pixels are fine.
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)

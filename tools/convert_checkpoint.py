@@ -1,0 +1,127 @@
+#!/usr/bin/env python3
+"""Renames a detector's weights from one published layout to another.
+
+    python tools/convert_checkpoint.py model_final.pth model.safetensors --to transformers-detr
+    python tools/convert_checkpoint.py pytorch_model.bin detr.pth --to asag
+
+Training and prediction read every layout as it is (MODEL.WEIGHTS): convert what others shall read.
+Which layout IN is in is seen from its names. Every number stays as it is, bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from asag.checkpoint.layouts import LAYOUTS, TRANSFORMERS, ConversionError, convert  # noqa: E402
+from asag.checkpoint.reading import read_checkpoint  # noqa: E402
+from asag.files import atomic_path  # noqa: E402
+
+SAFETENSORS, PICKLES = ".safetensors", (".pth", ".pt", ".bin")
+LISTED = 20  # names, at most, that a message lists
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = parse(arguments)
+    try:
+        check_suffix(args.output)
+        loaded = read_checkpoint(args.input)
+        state, source, left_out = convert(weights(loaded), args.to, partial=args.partial)
+        notes = write(args.output, state, args.to, loaded.get("class_names"))
+    except ConversionError as error:
+        hint = " --partial leaves them out." if error.names and not args.partial else ""
+        print(f"convert_checkpoint: {args.input}: {error}.{hint}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
+        print(f"convert_checkpoint: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {len(state)} tensors, {source} -> {args.to}{notes}")
+    if left_out:
+        more = f", and {len(left_out) - LISTED} more" * (len(left_out) > LISTED)
+        print(f"left out: {', '.join(left_out[:LISTED])}{more}")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    width = max(map(len, LAYOUTS))
+    listing = "\n".join(f"  {name:{width}}  {table.source}" for name, table in LAYOUTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog=f"layouts:\n{listing}\n\n"
+        "Class names are kept where IN, or a config.json beside it, tells them and OUT has a place "
+        "for them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("input", metavar="IN", type=Path, help=".pth, .pt, .bin or .safetensors")
+    parser.add_argument(
+        "output", metavar="OUT", type=Path, help="the same; its suffix decides the file format"
+    )
+    parser.add_argument("--to", required=True, choices=LAYOUTS, metavar="LAYOUT", help="see below")
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="leave out tensors that have no place in a layout, and list them",
+    )
+    return parser.parse_args(arguments)
+
+
+def check_suffix(path: Path) -> None:
+    """Raises ValueError unless the suffix names a format that can be written."""
+    if path.suffix not in (SAFETENSORS, *PICKLES):
+        raise ValueError(
+            f"{path}: the suffix {path.suffix!r} names no format; choose one of "
+            f"{', '.join((SAFETENSORS, *PICKLES))}"
+        )
+
+
+def weights(loaded: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """What evaluation would take of a checkpoint: the averaged weights, where there are any."""
+    average = loaded.get("ema")
+    averaged = isinstance(average, Mapping) and average.keys() == loaded["model"].keys()
+    return average if averaged else loaded["model"]
+
+
+def write(
+    path: Path, state: Mapping[str, Tensor], layout: str, class_names: Sequence[str] | None
+) -> str:
+    """Writes the whole file or none.
+
+    transformers reads pickled weights from the top of the file, all others from its entry "model".
+
+    Returns:
+        What to tell about the class names.
+    """
+    # Slices of a packed matrix share its memory; a file would hold all of it for each.
+    state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+    flat = path.suffix != SAFETENSORS and layout.startswith(TRANSFORMERS)
+    with atomic_path(path) as scratch:
+        if path.suffix == SAFETENSORS:
+            metadata = {"format": "pt"}
+            if class_names:
+                metadata["class_names"] = json.dumps(list(class_names))
+            safetensors.torch.save_file(state, scratch, metadata)
+        else:
+            names = {"class_names": list(class_names)} if class_names else {}
+            torch.save(state if flat else {"model": state, **names}, scratch)
+    if not class_names:
+        return ""
+    kept = "left out: this format has no place for them" if flat else "kept"
+    return f"; {len(class_names)} class names {kept}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
