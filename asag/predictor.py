@@ -18,10 +18,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
-from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from .checkpoint.loading import PublishedCheckpointer
+from .checkpoint.reading import UnreadableError
 from .data.mapper import eval_augmentations
 
 logger = logging.getLogger(__name__)
@@ -199,7 +199,7 @@ def load_weights(model: nn.Module, path: str, *, use_average: bool = True) -> di
 
     Args:
         model: the detector.
-        path: file, or any address that Detectron2's checkpointer knows.
+        path: file, or any address of `checkpoint.download`.
         use_average: take averaged weights (SOLVER.EMA) where the file holds them.
 
     Returns:
@@ -207,18 +207,17 @@ def load_weights(model: nn.Module, path: str, *, use_average: bool = True) -> di
 
     Raises:
         FileNotFoundError: no such file.
+        DownloadError: it cannot be downloaded.
         ValueError: unreadable, or not of this model; the message names file, tensor and way out.
     """
-    if "://" not in path and not PathManager.isfile(path):
-        raise FileNotFoundError(f"no weights file {path}: check --weights or MODEL.WEIGHTS")
+    checkpointer = _StrictCheckpointer(model, save_to_disk=False)
+    checkpointer.use_average = use_average
     try:
-        checkpointer = _StrictCheckpointer(model, save_to_disk=False)
-        checkpointer.use_average = use_average
         return checkpointer.load(path)
-    except ValueError as error:
+    except UnreadableError:
+        raise
+    except (KeyError, ValueError) as error:
         raise ValueError(f"weights {path} do not fit the configuration: {error}") from error
-    except Exception as error:  # torch and pickle raise a dozen kinds
-        raise ValueError(f"cannot read weights {path}: {error}") from error
 
 
 def find_class_names(cfg: CfgNode, checkpoint: dict[str, Any]) -> list[str]:

@@ -2,61 +2,160 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import Tensor
+from torch import Tensor, nn
 
-from .asag import ASAG
-from .conditional_detr import CONDITIONAL_DETR
-from .detr import CLASSIFIER, DETR, keep_used_classes
-from .iou_sparse_rcnn import IOU_SPARSE_RCNN
-from .mapping import NameTable
-from .packing import PackedTable
-from .sparse_rcnn import SPARSE_RCNN
+from .class_heads import adopt_classes, class_heads, coco_row_names
+from .detr import CLASSIFIER, PUBLISHED_COLUMNS, UNUSED_CATEGORIES, keep_used_classes
+from .download import local_file
+from .layouts import LAYOUTS, OURS, recognise
+from .reading import read_checkpoint
+from .report import LoadedFile
+from .resnet import image_classifier_to_ours, is_image_classifier
 from .swin import swin_to_ours
-
-DETECTORS: tuple[NameTable | PackedTable, ...] = (
-    SPARSE_RCNN,
-    IOU_SPARSE_RCNN,
-    DETR,
-    CONDITIONAL_DETR,
-    ASAG,
-)
 
 # Parameters that only a Swin Transformer by itself has: the authors' name, torchvision's name.
 _SWIN_MARKS = ("patch_embed.norm.weight", "features.1.0.attn.relative_position_bias_table")
+_BATCH_COUNTER = ".num_batches_tracked"
 
 
-def to_library_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_library_names(
+    state: Mapping[str, Tensor], model_names: Iterable[str] = ()
+) -> dict[str, Tensor]:
     """Renames a published state dict if its layout is known; otherwise returns it as it is.
 
     Args:
-        state: parameter name -> tensor of a whole detector, or of a Swin Transformer.
+        state: parameter name -> tensor of a whole detector, or of a Swin Transformer or residual
+            network trained on image classification.
+        model_names: of the model that shall have them; weights of a residual network need them.
+
+    Raises:
+        ValueError: weights of a residual network for a model without one.
     """
     if any(mark in state for mark in _SWIN_MARKS):
         return swin_to_ours(state)
-    for table in DETECTORS:
-        if table.covers(state):
-            return table.to_ours(state)
-    return dict(state)
+    if is_image_classifier(state):
+        return image_classifier_to_ours(state, model_names)
+    layout = recognise(state)
+    return LAYOUTS[layout].to_ours(state) if layout else dict(state)
 
 
 class PublishedCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which also reads checkpoints of the papers' authors and ImageNet
-    weights of Swin Transformers."""
+    """Detectron2's checkpointer, for addresses of all kinds (`download.local_file`) and all
+    published layouts; it runs no code of a file, fits classifiers to the classes of the data, and
+    logs where every tensor came from.
+
+    Attributes:
+        class_names: of the data to train on; classifiers of other classes are fitted to them.
+            None takes classifiers as they are.
+        use_average: where a checkpoint holds averaged weights beside the latest ones ("ema" beside
+            "model"), load the averaged ones.
+    """
+
+    use_average = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        class_names: Sequence[str] | None = None,
+        save_to_disk: bool | None = None,
+        **checkpointables: Any,
+    ) -> None:
+        """
+        Args:
+            model: the detector.
+            save_dir: folder of checkpoints.
+            class_names: see the attribute.
+            save_to_disk: whether to write; default: on the main process.
+            checkpointables: further objects with a state.
+        """
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self.class_names = class_names
+        self._file = LoadedFile()
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Detectron2's, for any address.
+
+        Raises:
+            FileNotFoundError: no such file.
+            DownloadError: it cannot be downloaded.
+            ValueError: the file is no weights file, holds code, or nothing of this model.
+        """
+        self._file = LoadedFile(address=str(path))
+        return super().load(local_file(str(path)) if path else path, *args, **kwargs)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        # Some authors leave their command line in the file.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = super()._load_file(filename)
+        loaded = read_checkpoint(filename)
+        if self.use_average and _holds_average(loaded):
+            self.logger.info("loading the averaged weights (SOLVER.EMA) of the checkpoint")
+            loaded["model"] = loaded.pop("ema")
+        self._file.names = frozenset(loaded["model"])
         # Files with matching heuristics are Detectron2's own business.
-        if not loaded.get("matching_heuristics", False):
-            loaded["model"] = to_library_names(loaded["model"])
-            classifier = self.model.state_dict().get(f"{CLASSIFIER}.bias")
-            if classifier is not None:
-                loaded["model"] = keep_used_classes(loaded["model"], len(classifier))
+        if loaded.get("matching_heuristics", False):
+            self._file.layout = f"by {loaded.get('__author__')}, matched by Detectron2"
+            return loaded
+        wanted = self.model.state_dict().keys()
+        ours = to_library_names(loaded["model"], wanted)
+        if ours.keys() != self._file.names:
+            layout = recognise(self._file.names)
+            self._file.published = layout not in (None, OURS)
+            self._file.layout = LAYOUTS[layout].source if layout else "an image classifier"
+        # Frozen batch norms do not count.
+        loaded["model"] = {
+            k: v for k, v in ours.items() if k in wanted or not k.endswith(_BATCH_COUNTER)
+        }
         return loaded
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        if not checkpoint.get("matching_heuristics", False):
+            self._fit_classes(checkpoint)
+        incompatible = super()._load_model(checkpoint)
+        report = self._file.report(self.model, incompatible)
+        if not report.loaded:
+            raise ValueError(
+                f"nothing in {self._file.address} belongs to this model: names in the file are "
+                f"like {min(self._file.names)}, in the model like "
+                f"{min(report.fresh, default='none')}. Take the configuration that the weights "
+                "were trained with"
+            )
+        expected = report.complete or report.backbone_only
+        self.logger.log(logging.INFO if expected else logging.WARNING, str(report))
+        return incompatible
+
+    def _fit_classes(self, checkpoint: dict[str, Any]) -> None:
+        """Gives the classifiers in a checkpoint the rows that the model has, by class name."""
+        fresh, names = self.model.state_dict(), checkpoint.get("class_names")
+        classifier = f"{CLASSIFIER}.bias"
+        if classifier in fresh:
+            before = checkpoint["model"]
+            checkpoint["model"] = keep_used_classes(before, len(fresh[classifier]))
+            fewer = checkpoint["model"].get(classifier) is not before.get(classifier)
+            if fewer and names and len(names) == PUBLISHED_COLUMNS:
+                names = [x for i, x in enumerate(names) if i not in UNUSED_CATEGORIES]
+                checkpoint["class_names"] = names
+        if self.class_names is None:
+            return
+        heads = class_heads(checkpoint["model"])
+        if not names and heads and self._file.published:
+            names = coco_row_names(len(checkpoint["model"][heads[0]]))
+        checkpoint["model"], transfer = adopt_classes(
+            checkpoint["model"], fresh, self.class_names, names
+        )
+        if transfer is not None:
+            level = logging.WARNING if None in transfer.rows else logging.INFO
+            self.logger.log(level, f"weights {self._file.address}: {transfer.describe()}")
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        """Silent: the report has said it."""
+
+
+def _holds_average(loaded: Mapping[str, Any]) -> bool:
+    """Whether "ema" is what this library writes: all of the model, under the same names."""
+    average = loaded.get("ema")
+    return isinstance(average, Mapping) and average.keys() == loaded["model"].keys()

@@ -114,6 +114,8 @@ class ResumableTrainer(DefaultTrainer):
             )
         # Going on needs the latest weights, a new start the best ones.
         self.checkpointer.use_average = self.cfg.TEST.EMA_WEIGHTS and not (resume and found)
+        # A new start may be from weights of other classes; a run goes on with its own.
+        self.checkpointer.class_names = None if resume and found else self.class_names or None
         extra = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if not (resume and found):
             if self.ema is not None:
