@@ -35,7 +35,7 @@ def prepare_for_inference(
         channels_last: NHWC memory format in the backbone; pays off in half precision and on CPUs.
         dtype: of convolutions and matrix products, torch.bfloat16 or torch.float16; None keeps
             float32.
-        compile: `torch.compile` for backbone, encoder layers and stages.
+        compile: `torch.compile` for what does the work, see `SparseDetector.compile_parts`.
 
     Returns:
         The same model.

@@ -1,8 +1,15 @@
 """Proposal generators: where queries come from."""
 
 from .asag import AdaptiveSparseAnchors
+from .dense import DenseProposals
 from .dynamic import DynamicProposals
 from .learned import LearnedProposals
 from .object_queries import ObjectQueries
 
-__all__ = ["AdaptiveSparseAnchors", "DynamicProposals", "LearnedProposals", "ObjectQueries"]
+__all__ = [
+    "AdaptiveSparseAnchors",
+    "DenseProposals",
+    "DynamicProposals",
+    "LearnedProposals",
+    "ObjectQueries",
+]

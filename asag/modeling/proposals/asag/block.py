@@ -6,13 +6,16 @@ B images, N queries, C channels, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
 from ...layers.feed_forward import FeedForward
 from ...layers.init import xavier_init_matrices
 from ...layers.overlap_attention import PositionedSelfAttention
+from ...layers.pooler import build_pooler
 from ...layers.roi_align import PyramidRoIAlign
 from ...layers.xyzr import XYZRPredictor, boxes_to_xyzr
 
@@ -82,3 +85,22 @@ class ProposalBlock(nn.Module):
         content = self.ffn(self.attention(content, xyzr, anchors_xyxy, valid))
         logits, proposals_xyxy = self.predictor(content, xyzr)
         return content, logits, proposals_xyxy
+
+
+def build_proposal_block(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> ProposalBlock:
+    """The block on the maps of `MODEL.ROI_HEADS.IN_FEATURES`, by `MODEL.DECODER` and
+    `MODEL.ASAG`."""
+    decoder, heads = cfg.MODEL.DECODER, cfg.MODEL.ROI_HEADS
+    focal = cfg.MODEL.CRITERION.CLASS_LOSS == "focal"
+    return ProposalBlock(
+        pooler=build_pooler(cfg, input_shape),
+        dim=decoder.HIDDEN_DIM,
+        num_logits=heads.NUM_CLASSES + (not focal),
+        num_heads=decoder.NUM_HEADS,
+        ffn_dim=cfg.MODEL.ASAG.FFN_DIM,
+        num_cls_layers=cfg.MODEL.ASAG.NUM_CLS_LAYERS,
+        num_reg_layers=cfg.MODEL.ASAG.NUM_REG_LAYERS,
+        activation="gelu",
+        dropout=decoder.DROPOUT,
+        prior_prob=decoder.PRIOR_PROB if focal else None,
+    )

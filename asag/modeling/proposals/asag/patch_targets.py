@@ -94,5 +94,6 @@ def window_targets(targets: Targets, low: Tensor, size: Tensor) -> PatchTargets:
     relative = torch.cat(((boxes[..., :2] - low) / size, (boxes[..., 2:] - low) / size), dim=-1)
     relative = relative.clamp(0, 1)
     # Boxes of other windows may be empty here; the whole window keeps all arithmetic finite.
-    whole = relative.new_tensor((0, 0, 1, 1))
+    whole = relative.new_zeros(4)
+    whole[2:] = 1
     return PatchTargets(xyxy_to_cxcywh(torch.where(valid[..., None], relative, whole)), valid)

@@ -70,7 +70,6 @@ class PatchCompletion:
         self.capacity = capacity
         self.uniform = uniform
 
-    @torch.no_grad()
     def __call__(
         self, stride: int, corner: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

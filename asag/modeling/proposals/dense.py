@@ -1,0 +1,185 @@
+"""Dense proposals: the best boxes of a region proposal network become the queries.
+
+What sparse anchors are compared with: boxes that are predicted for every cell of every map and
+thinned out, with features pooled at these boxes as content (Zhang et al., "Featurized Query R-CNN",
+arXiv 2206.06258; ASAG, Section 2, calls such detectors densely initialised).
+
+B images, N queries, C channels, K classes, M padded ground truths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import PROPOSAL_GENERATOR_REGISTRY
+from detectron2.modeling.proposal_generator import RPN
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import EventStorage, get_event_storage
+from torch import Tensor, nn
+
+from ...structures import ImageSizes, Queries, Targets
+from ..layers.features import check_features
+from .asag.block import ProposalBlock, build_proposal_block
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class DenseProposals(nn.Module):
+    """Detectron2's region proposal network (`MODEL.RPN`, `MODEL.ANCHOR_GENERATOR`) for the boxes,
+    the proposal block of ASAG for their content, class and refinement.
+
+    Only the origin of the boxes differs from `AdaptiveSparseAnchors`. The network's own losses join
+    those of the detector; what the block says is supervised like a stage, and no gradient flows
+    from block or stages to the network through the boxes.
+
+    Non-maximum suppression and the sampling of anchors are Detectron2's: they loop over the images
+    and wait for the device several times an image. Like there, anchors also stand on the padding of
+    a batch, so that an image may keep slightly other proposals in a batch than by itself.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        rpn: nn.Module,
+        block: ProposalBlock,
+        block_features: Sequence[str],
+        num_queries: int,
+    ) -> None:
+        """
+        Args:
+            rpn: `(ImageList, features, instances) -> (proposals of each image, losses)`, proposals
+                with `proposal_boxes`, the best first.
+            block: boxes -> queries.
+            block_features: names of the maps that the block reads, finest first.
+            num_queries: N.
+        """
+        super().__init__()
+        self.rpn = rpn
+        self.block = block
+        self.block_features = tuple(block_features)
+        self.num_queries = num_queries
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        model = cfg.MODEL
+        for key, names in (
+            ("MODEL.RPN.IN_FEATURES", model.RPN.IN_FEATURES),
+            ("MODEL.ROI_HEADS.IN_FEATURES", model.ROI_HEADS.IN_FEATURES),
+        ):
+            check_features(key, names, input_shape, model.DECODER.HIDDEN_DIM)
+        _check_anchors(cfg)
+        _check_limits(cfg)
+        return {
+            "rpn": RPN(cfg, input_shape),
+            "block": build_proposal_block(cfg, input_shape),
+            "block_features": model.ROI_HEADS.IN_FEATURES,
+            "num_queries": model.PROPOSAL_GENERATOR.NUM_QUERIES,
+        }
+
+    @property
+    def compilable(self) -> tuple[nn.Module, ...]:
+        """Parts for `torch.compile`."""
+        return self.rpn.rpn_head, self.block
+
+    def forward(
+        self, features: dict[str, Tensor], sizes: ImageSizes, targets: Targets | None = None
+    ) -> tuple[Queries, dict[str, Tensor]]:
+        """
+        Args:
+            features: name -> (B, C, H, W).
+            sizes: of the B images.
+            targets: padded ground truth while training; None is inference.
+
+        Returns:
+            Queries (B, N), the best proposal first, padding last; and, in training mode, the losses
+            `loss_rpn_cls` and `loss_rpn_loc`.
+
+        Raises:
+            ValueError: training mode without targets.
+        """
+        if self.training and targets is None:
+            raise ValueError("DenseProposals needs targets while training; call .eval() to detect")
+        boxes_xyxy, counts, losses = self.propose(features, sizes, targets)
+        all_valid = min(counts) == self.num_queries
+        slot = torch.arange(self.num_queries)
+        valid = (slot < torch.tensor(counts)[:, None]).to(boxes_xyxy.device, non_blocking=True)
+        content, logits, proposals_xyxy = self.block(
+            [features[f] for f in self.block_features], boxes_xyxy, None if all_valid else valid
+        )
+        queries = Queries(
+            content=content,
+            valid=valid,
+            # Where the stages look is not for them to learn.
+            boxes_xyxy=proposals_xyxy.detach(),
+            all_valid=all_valid,
+            proposal_logits=logits,
+            proposal_boxes_xyxy=proposals_xyxy,
+        )
+        return queries, losses
+
+    def propose(
+        self, features: dict[str, Tensor], sizes: ImageSizes, targets: Targets | None = None
+    ) -> tuple[Tensor, list[int], dict[str, Tensor]]:
+        """The boxes alone.
+
+        Returns:
+            Boxes (B, N, 4) xyxy in pixels without gradient, the best first; how many of them are
+            proposals, at least 1 an image; the network's losses. Slots without a proposal hold the
+            whole image, which is also what an image without any proposal is left with.
+        """
+        # Of the images themselves the network needs only the sizes: a view without memory.
+        canvas = sizes.whwh.new_zeros(()).expand(len(sizes), 1, *sizes.padded_hw)
+        truth = None if targets is None else _instances(targets, sizes)
+        with _event_storage():
+            found, losses = self.rpn(ImageList(canvas, list(sizes.hw)), features, truth)
+        best = [x.proposal_boxes.tensor[: self.num_queries].detach() for x in found]
+        corner = torch.zeros_like(sizes.whwh[:, :2])
+        whole_image = torch.cat((corner, sizes.whwh[:, 2:]), dim=1)  # (B, 4)
+        padding = whole_image[:, None].expand(-1, self.num_queries, -1)
+        boxes_xyxy = torch.stack(
+            [torch.cat((x.to(p.dtype), p[len(x) :])) for x, p in zip(best, padding, strict=True)]
+        )
+        return boxes_xyxy, [max(len(x), 1) for x in best], losses
+
+
+def _instances(targets: Targets, sizes: ImageSizes) -> list[Instances]:
+    """Ground truth as Detectron2's networks read it; their labels do not matter."""
+    return [
+        Instances(hw, gt_boxes=Boxes(boxes[:count]))
+        for hw, boxes, count in zip(sizes.hw, targets.boxes_xyxy, targets.counts, strict=True)
+    ]
+
+
+def _event_storage() -> AbstractContextManager[Any]:
+    """The network counts its anchors in the trainer's storage, and fails where there is none."""
+    try:
+        get_event_storage()
+    except AssertionError:
+        return EventStorage()
+    return nullcontext()
+
+
+def _check_anchors(cfg: CfgNode) -> None:
+    levels = len(cfg.MODEL.RPN.IN_FEATURES)
+    for key in ("SIZES", "ASPECT_RATIOS"):
+        lists = cfg.MODEL.ANCHOR_GENERATOR[key]
+        if len(lists) not in (1, levels):
+            raise ValueError(
+                f"MODEL.ANCHOR_GENERATOR.{key} has {len(lists)} lists; it must have one for each "
+                f"of the {levels} maps of MODEL.RPN.IN_FEATURES, or a single one for all"
+            )
+
+
+def _check_limits(cfg: CfgNode) -> None:
+    queries = cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES
+    for key in ("POST_NMS_TOPK_TRAIN", "POST_NMS_TOPK_TEST"):
+        if cfg.MODEL.RPN[key] < queries:
+            raise ValueError(
+                f"MODEL.RPN.{key} is {cfg.MODEL.RPN[key]}; it must be at least "
+                f"MODEL.PROPOSAL_GENERATOR.NUM_QUERIES ({queries})"
+            )
