@@ -91,6 +91,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> FakeScripts:
         ({"seeds": "absent"}, r"missing or empty keys \['seeds'\]"),
         ({"variants": {}}, r"missing or empty keys \['variants'\]"),
         ({"config": "configs/none.yaml"}, r"configs/none.yaml does not exist"),
+        ({"variants": {"own": {"config": "no.yaml"}}}, r"config no.yaml does not exist"),
     ],
 )
 def test_mistakes_in_the_file_are_named(tmp_path: Path, changes: dict, message: str) -> None:
@@ -126,6 +127,17 @@ def test_plan_of_all_runs(tmp_path: Path) -> None:
     cells = next(r for r in runs if r.data == "cells")
     assert cells.command[2:4] == ("--data", str(ROOT / "datasets/cells"))
     assert "4" in cells.command
+
+
+def test_a_variant_may_start_from_its_own_configuration(tmp_path: Path) -> None:
+    own = "configs/ASAG/asag_tiny.yaml"
+    variants = {"plain": None, "ASAG": {"config": own, "MODEL.DECODER.NUM_AUXILIARY": 2}}
+    runs = study.plan_runs(study.read_study(write(tmp_path, variants=variants)), tmp_path)
+    for run in runs:
+        expected = own if run.variant == "ASAG" else CONFIG
+        assert run.command[:2] == ("--config-file", str(ROOT / expected))
+        assert ("MODEL.DECODER.NUM_AUXILIARY" in run.command) == (run.variant == "ASAG")
+        assert "config" not in run.command
 
 
 def test_finished_runs_are_not_repeated(tmp_path: Path, scripts: FakeScripts) -> None:

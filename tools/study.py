@@ -9,6 +9,7 @@ A study is a yaml file:
     variants:                                           # overrides of one variant
       plain: {}
       IoU-ESA: {MODEL.META_ARCHITECTURE: SparseDetector, MODEL.DECODER.SELF_ATTENTION: iou_esa}
+      ASAG: {config: configs/ASAG/asag_tiny.yaml}       # starts from another configuration
     data:                                               # overrides or a COCO folder
       crowd: {options: {DATASETS.TRAIN: "('shapes_crowd_train',)", ...}}
       cells: {folder: path/to/bccd, options: {SOLVER.EPOCHS: 10}}
@@ -70,10 +71,12 @@ def read_study(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {sorted(STUDY_KEYS)}")
     if missing := [key for key in sorted(REQUIRED) if not study.get(key)]:
         raise ValueError(f"{path}: missing or empty keys {missing}")
-    if not (ROOT / study["config"]).is_file():
-        raise ValueError(f"{path}: config {study['config']} does not exist below {ROOT}")
     for key in ("variants", "data"):  # "plain:" with nothing behind it is the plain variant
         study[key] = {name: value or {} for name, value in study[key].items()}
+    for options in (study, *study["variants"].values()):
+        config = options.setdefault("config", study["config"])
+        if not (ROOT / config).is_file():
+            raise ValueError(f"{path}: config {config} does not exist below {ROOT}")
     return study
 
 
@@ -91,7 +94,7 @@ def plan_runs(study: dict[str, Any], output: Path) -> list[Run]:
             "SEED": seed,
             "OUTPUT_DIR": str(folder),
         }
-        command = ["--config-file", str(ROOT / study["config"])]
+        command = ["--config-file", str(ROOT / merged.pop("config"))]
         if "folder" in where:
             command += ["--data", str((ROOT / where["folder"]).resolve())]
         command += [str(x) for pair in merged.items() for x in pair]
