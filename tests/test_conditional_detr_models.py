@@ -107,6 +107,14 @@ def test_every_configuration_trains_a_step(path: Path) -> None:
             assert p.grad is not None and p.grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("kind", ["csq", "csq_c", "csq_t", "csq_p", "csq_i"])
+def test_a_single_stage_leaves_no_parameter_without_gradient(kind: str) -> None:
+    options = ("MODEL.DECODER.NUM_STAGES", 1, "MODEL.DECODER.SPATIAL_QUERY", kind)
+    model = build(TINY, *SMALL, *options).train()
+    sum(model([sample(64, 90, 3)]).values()).backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def test_sizes_of_the_published_models() -> None:
     figures = json.loads((ROOT / "projects/ConditionalDETR/reference_figures.json").read_text())
     for path in ("conditional_detr_r50_50ep", "conditional_detr_dc5_r101_108ep"):

@@ -33,7 +33,13 @@ class SpatialQuery(nn.Module):
     """
 
     def __init__(
-        self, *, dim: int, num_heads: int, kind: str = "csq", projection: str = "diagonal"
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        kind: str = "csq",
+        projection: str = "diagonal",
+        num_stages: int = 6,
     ) -> None:
         """
         Args:
@@ -43,6 +49,7 @@ class SpatialQuery(nn.Module):
                 point; "csq_p" p_s alone; "csq_c" f itself.
             projection: Fig. 5, form of T. "diagonal" C numbers (Eq. 6), "single" one, "block" a
                 D x D matrix a head, "full" C x C, "identity" nothing to learn.
+            num_stages: stages that share it. A single one has no f to learn T from.
         """
         super().__init__()
         check_choice("MODEL.DECODER.SPATIAL_QUERY", kind, SPATIAL_QUERIES)
@@ -61,7 +68,7 @@ class SpatialQuery(nn.Module):
             "block": dim * dim // num_heads,
             "full": dim * dim,
         }
-        learned = kind not in ("csq_p", "csq_c") and projection != "identity"
+        learned = kind not in ("csq_p", "csq_c") and projection != "identity" and num_stages > 1
         # T = FFN(f): linear, ReLU, linear.
         self.transformation = make_mlp(dim, outputs[projection], 2) if learned else None
         xavier_init_matrices(self)
@@ -160,7 +167,7 @@ class ConditionalCrossAttention(CrossAttention):
         if self.object_query is not None:
             c_q = c_q + self.object_query(position)
             c_k = c_k + p_k
-        batch = len(query)
+        batch = query.shape[0]
         return tuple(
             split_heads(x.expand(batch, -1, -1), self.num_heads)
             for x in (c_q, p_q, c_k, p_k, value)

@@ -221,6 +221,7 @@ class ConditionalDETRHeads(DETRHeads):
             num_heads=decoder.NUM_HEADS,
             kind=decoder.SPATIAL_QUERY,
             projection=decoder.SPATIAL_PROJECTION,
+            num_stages=decoder.NUM_STAGES,
         )
         return super().from_config(cfg, input_shape) | {"spatial_query": spatial_query}
 
