@@ -13,7 +13,7 @@ from PIL import Image
 
 from asag.config import add_asag_config
 from asag.data import ImageReadError, SparseDetectionMapper, read_image
-from asag.data.mapper import train_augmentations
+from asag.data.mapper import ResizeShortestEdge, train_augmentations
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_order_of_the_recipe(cfg):
     cfg.INPUT.CROP.ENABLED = True
     flip, pair, resize = train_augmentations(cfg)
     assert isinstance(flip, T.RandomFlip)
-    assert [type(a) for a in pair.aug.augs] == [T.ResizeShortestEdge, T.RandomCrop]
+    assert [type(a) for a in pair.aug.augs] == [ResizeShortestEdge, T.RandomCrop]
     assert pair.prob == 0.5
     assert pair.aug.augs[0].short_edge_length == (400, 500, 600)
     assert tuple(pair.aug.augs[1].crop_size) == (384, 600)
@@ -164,6 +164,28 @@ def test_range_sampling_needs_two_sizes(cfg):
 def test_wrong_size_names_the_file(sample):
     with pytest.raises(SizeMismatchError, match=r"box\.png"):
         plain()(sample | {"width": 101})
+
+
+def test_size_before_the_exif_orientation_is_named(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "t.jpg", exif=exif)
+    record = {"file_name": str(tmp_path / "t.jpg"), "image_id": 1, "width": 40, "height": 30}
+    with pytest.raises(SizeMismatchError, match=r"t\.jpg has 30 x 40 .*EXIF.* says 40 x 30"):
+        plain()(record)
+
+
+@pytest.mark.parametrize("shape", [(1, 3000), (3000, 1)])
+def test_extreme_shapes_keep_a_pixel(shape):
+    image = np.zeros((*shape, 3), np.uint8)
+    resized = ResizeShortestEdge((60,), 200, "choice").get_transform(image).apply_image(image)
+    assert sorted(resized.shape[:2]) == [1, 200]
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 5), 0.5, np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(ImageReadError, match=r"f\.tif has floating-point.*8 bits"):
+        read_image(str(tmp_path / "f.tif"), "RGB")
 
 
 def test_colour_order(tmp_path):

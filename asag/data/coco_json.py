@@ -7,7 +7,8 @@ wrong with a file is gathered before the reader stops, so that one run names eve
 """
 
 import json
-import math
+import os
+import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from asag.data.coco_table import CocoTable
 from asag.data.errors import Complaint, DatasetError
 
+MAX_INT = 2**1000  # beyond about 2^1023 JSON's whole numbers are no floats
 MAX_LISTED_PER_KIND = 5  # entries named for one kind of complaint; the rest is counted
 
 
@@ -39,6 +41,8 @@ def load_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         problem = f"not text in UTF-8 (byte {error.start})"
         remedy = "export it again as UTF-8 JSON"
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        problem, remedy = f"not a COCO file: {error}", "export or download it again"
     raise DatasetError([Complaint(str(path), problem, remedy)])
 
 
@@ -65,10 +69,11 @@ def read_coco_table(json_file: Path, image_roots: Sequence[Path]) -> CocoTable:
         "annotations", annotations, "image_id", (int, str, float), "an id"
     )
     boxes_xywh = reader.boxes(annotations)
+    iscrowd = reader.crowd(annotations)
     reader.stop_if_wrong()
 
     row_of = {image_id: row for row, image_id in enumerate(image_ids)}
-    areas, iscrowd = reader.area_and_crowd(annotations, boxes_xywh)
+    areas = reader.areas(annotations, boxes_xywh)
     return CocoTable(
         json_file=json_file,
         image_root=_best_root(image_roots, file_names),
@@ -89,12 +94,26 @@ def read_coco_table(json_file: Path, image_roots: Sequence[Path]) -> CocoTable:
 
 def _best_root(roots: Sequence[Path], file_names: Sequence[str]) -> Path:
     sample = file_names[:: max(1, len(file_names) // 50)]
-    return min(roots, key=lambda root: sum(not (root / name).is_file() for name in sample))
+    return min(roots, key=lambda root: sum(not os.path.isfile(root / name) for name in sample))
 
 
 def _describe(section: str, row: int, entry: Any) -> str:
     has_id = isinstance(entry, dict) and "id" in entry
     return f"{section}[{row}]" + (f" (id {entry['id']!r})" if has_id else "")
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether a value is 0 or 1; text is not, "0" would pass for true."""
+    return isinstance(value, int | float) and value in (0, 1)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a terminal or a file can take a text: JSON can hold half a character."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Reader:
@@ -171,6 +190,8 @@ class _Reader:
                 continue
             try:
                 sizes[row] = height, width
+                if sizes[row].tolist() != [float(height), float(width)]:
+                    sizes[row] = -1
             except (TypeError, ValueError, OverflowError):
                 sizes[row] = -1
             if sizes[row].min() < 1:
@@ -189,6 +210,10 @@ class _Reader:
         ids = self.column("categories", categories, "id", (int,), "a whole number")
         names = self.column("categories", categories, "name", (str,), "text")
         self.column("annotations", annotations, "category_id", (int, float), "a category's id")
+        unprintable = [name for name in names if isinstance(name, str) and not _is_text(name)]
+        self.complain_each(
+            [f"category name {name!r} is not a valid text" for name in unprintable], "rename it"
+        )
         if len(self.complaints) > complaints_before:
             return (), (), {}  # the checks below would only echo these complaints
         self.unique("category id", ids, "give every category its own id")
@@ -245,38 +270,48 @@ class _Reader:
             return (
                 isinstance(value, list)
                 and len(value) == 4
-                and all(type(v) in (int, float) for v in value)
+                and all(type(v) is float or (type(v) is int and abs(v) < MAX_INT) for v in value)
             )
 
         wrong = [i for i, value in enumerate(values) if not is_box(value)]
         problems = []
         for i in wrong:
-            state = f"= {values[i]!r}" if "bbox" in annotations[i] else "is missing"
+            written = reprlib.repr(values[i])
+            state = f"= {written}" if "bbox" in annotations[i] else "is missing"
             problems.append(f"{_describe('annotations', i, annotations[i])}: 'bbox' {state}")
         self.complain_each(problems, "write it as four numbers, [x, y, width, height] in pixels")
         if wrong:
             return np.zeros((len(values), 4))
         return np.array(values, dtype=np.float64)
 
-    def area_and_crowd(
-        self, annotations: list[dict], boxes_xywh: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def areas(self, annotations: list[dict], boxes_xywh: np.ndarray) -> np.ndarray:
+        """(A,) square pixels: as written, or that of the box."""
         areas = [a.get("area") for a in annotations]
         known = np.array(
-            [type(area) in (int, float) and 0 <= area < math.inf for area in areas], dtype=bool
+            [type(area) in (int, float) and 0 <= area < MAX_INT for area in areas], dtype=bool
         )
         if not known.all():
             self.repairs.append(f"{np.count_nonzero(~known)} annotations without a valid `area`")
         written = np.array(
             [area if k else 0 for area, k in zip(areas, known, strict=True)], dtype=np.float64
         )
-        crowd = [a.get("iscrowd") for a in annotations]
-        unsaid = sum(flag is None for flag in crowd)
-        if unsaid:
-            self.repairs.append(f"{unsaid} annotations without `iscrowd`")
         with np.errstate(over="ignore", invalid="ignore"):  # such boxes are dropped later
             product = boxes_xywh[:, 2] * boxes_xywh[:, 3]
-        return np.where(known, written, product), np.array([bool(c) for c in crowd], dtype=bool)
+        return np.where(known, written, product)
+
+    def crowd(self, annotations: list[dict]) -> np.ndarray:
+        """(A,) bool; complains of anything but 0, 1, true and false."""
+        flags = [annotation.get("iscrowd") for annotation in annotations]
+        unsaid = sum(flag is None for flag in flags)
+        if unsaid:
+            self.repairs.append(f"{unsaid} annotations without `iscrowd`")
+        wrong = [i for i, flag in enumerate(flags) if flag is not None and not _is_flag(flag)]
+        problems = [
+            f"{_describe('annotations', i, annotations[i])}: 'iscrowd' = {flags[i]!r}"
+            for i in wrong
+        ]
+        self.complain_each(problems, "write 1 for a region to ignore, else 0")
+        return np.array([_is_flag(flag) and bool(flag) for flag in flags], dtype=bool)
 
     def annotation_ids(self, annotations: list[dict]) -> np.ndarray:
         """Ids as written if they can serve; else 1..A.

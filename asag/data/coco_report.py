@@ -15,6 +15,7 @@ from asag.data.image_io import ImageReadError, open_image
 SMALL_AREA = 32**2  # COCO's limits between small, medium and large objects, square pixels
 MEDIUM_AREA = 96**2
 MAX_COORDINATE = 1e9  # pixels; beyond it areas and sums lose their meaning
+MIN_SIDE = 1e-4  # pixels; the mapper takes a box that shows less for none
 MAX_MISSING = 0.5  # more missing files than this share means a wrong folder, not a few losses
 
 
@@ -130,11 +131,13 @@ def inspect_table(table: CocoTable, name: str) -> tuple[DatasetReport, CocoTable
 
     xy, wh = table.boxes_xywh[:, :2], table.boxes_xywh[:, 2:]
     in_range = (np.abs(table.boxes_xywh) < MAX_COORDINATE).all(axis=1)  # False for NaN
-    valid = in_range & (wh > 0).all(axis=1)
+    valid = in_range & (wh >= MIN_SIDE).all(axis=1)
     listed = table.box_image >= 0
     # Boxes of unlisted images look up row -1, the appended size of no limit.
     image_wh = np.vstack([table.image_hw[:, ::-1], [[np.iinfo(np.int64).max] * 2]])[table.box_image]
-    outside = valid & ((xy >= image_wh) | (xy + wh <= 0)).any(axis=1)
+    with np.errstate(invalid="ignore"):  # infinite boxes are not valid
+        visible = np.minimum(xy + wh, image_wh) - np.maximum(xy, 0)
+    outside = valid & (visible < MIN_SIDE).any(axis=1)
     beyond = valid & ~outside & ((xy < -1) | (xy + wh > image_wh + 1.0)).any(axis=1)
 
     boxes_of_image = np.bincount(table.box_image[listed], minlength=len(table.image_ids))

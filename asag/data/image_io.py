@@ -21,7 +21,7 @@ def open_image(path: str) -> Image.Image:
     Pillow alone would cut everything above 255 to white.
 
     Raises:
-        ImageReadError: with the file and the reason.
+        ImageReadError: with the file and the reason; also for floating-point pixels.
     """
     try:
         with PathManager.open(path, "rb") as file:

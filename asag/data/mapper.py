@@ -63,12 +63,12 @@ class SparseDetectionMapper:
 
         Raises:
             ImageReadError: the image file is absent, truncated or not an image.
-            detection_utils.SizeMismatchError: the image has another size than its annotation says.
+            SizeMismatchError: the image has another size than its annotation says.
         """
         sample = {key: value for key, value in dataset_dict.items() if key != "annotations"}
         sample = copy.deepcopy(sample)
         image = read_image(sample["file_name"], self.image_format)
-        detection_utils.check_image_size(sample, image)
+        _check_size(sample, image)
 
         augmented = T.AugInput(image)
         transforms = self.augmentations(augmented)
@@ -114,6 +114,31 @@ def training_instances(
     return instances[gt_boxes.nonempty(MIN_BOX_SIDE)]
 
 
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, which leaves nothing of the short side of an image a thousand times as long."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        """As Detectron2, with at least one pixel a side."""
+        resize = super().get_transform(image)
+        if isinstance(resize, T.ResizeTransform) and min(resize.new_h, resize.new_w) < 1:
+            new_h, new_w = max(resize.new_h, 1), max(resize.new_w, 1)
+            return T.ResizeTransform(resize.h, resize.w, new_h, new_w, resize.interp)
+        return resize
+
+
+def _check_size(sample: dict[str, Any], image: np.ndarray) -> None:
+    """Fills in the size of the image; raises SizeMismatchError if it is not the annotated one."""
+    height, width = image.shape[:2]
+    annotated = sample.setdefault("height", height), sample.setdefault("width", width)
+    if annotated != (height, width):
+        turned = " (it is turned by its EXIF orientation)" * (annotated == (width, height))
+        raise detection_utils.SizeMismatchError(
+            f"image {sample['file_name']} has {width} x {height} pixels{turned}, but its "
+            f"annotation says {annotated[1]} x {annotated[0]}. Correct the annotation: size and "
+            "boxes are those of the upright picture"
+        )
+
+
 def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Flip, then (resize, crop) with some probability, then resize.
 
@@ -140,14 +165,14 @@ def train_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
         )
     if cfg.INPUT.CROP.ENABLED:
         augmentations.append(_crop_pair(cfg.INPUT.CROP))
-    augmentations.append(T.ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling))
+    augmentations.append(ResizeShortestEdge(sizes, cfg.INPUT.MAX_SIZE_TRAIN, sampling))
     return augmentations
 
 
 def eval_augmentations(cfg: CfgNode) -> list[T.Augmentation]:
     """Resize to INPUT.MIN_SIZE_TEST and INPUT.MAX_SIZE_TEST; a short side of 0 does not resize."""
     size = cfg.INPUT.MIN_SIZE_TEST
-    return [T.ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST, "choice")] if size else []
+    return [ResizeShortestEdge(size, cfg.INPUT.MAX_SIZE_TEST, "choice")] if size else []
 
 
 def _crop_pair(crop: CfgNode) -> T.Augmentation:
@@ -168,7 +193,7 @@ def _crop_pair(crop: CfgNode) -> T.Augmentation:
         "two positive numbers, the smaller one first for absolute_range",
     )
     # The recipe bounds only the short side before the crop.
-    resize = T.ResizeShortestEdge(tuple(crop.PRE_RESIZE), sample_style="choice")
+    resize = ResizeShortestEdge(tuple(crop.PRE_RESIZE), sample_style="choice")
     pair = T.AugmentationList([resize, T.RandomCrop(crop.TYPE, tuple(crop.SIZE))])
     return T.RandomApply(pair, prob=crop.PROB)
 

@@ -1,0 +1,1 @@
+"""The malformed inputs of tools/bad_inputs.py, one module a kind."""
