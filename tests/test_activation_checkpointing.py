@@ -78,12 +78,14 @@ def train_pass(model: nn.Module, amp: bool = False) -> tuple[dict, dict, list]:
     return losses, gradients, training_buffers(model)
 
 
+def numbers(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: value.item() for name, value in losses.items()}
+
+
 def assert_same(plain: nn.Module, other: nn.Module, amp: bool = False) -> None:
     losses, gradients, buffers = train_pass(plain, amp)
     other_losses, other_gradients, other_buffers = train_pass(other, amp)
-    assert {k: v.item() for k, v in losses.items()} == {
-        k: v.item() for k, v in other_losses.items()
-    }
+    assert numbers(losses) == numbers(other_losses)
     assert gradients.keys() == other_gradients.keys() and gradients
     for name, value in gradients.items():
         torch.testing.assert_close(other_gradients[name], value, rtol=1e-5, atol=1e-7, msg=name)
@@ -114,9 +116,14 @@ def test_copies_of_a_model_compute_with_their_own_weights():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    assert {k: v.item() for k, v in train_pass(twin)[0].items()} == {
-        k: v.item() for k, v in before.items()
-    }
+    assert numbers(train_pass(twin)[0]) == numbers(before)
+
+
+def test_compiling_as_well_is_refused():
+    with pytest.raises(
+        ValueError, match=r"ACTIVATION_CHECKPOINTING and MODEL\.COMPILE are both on"
+    ):
+        make_model("DETR/detr_tiny.yaml", {"MODEL.COMPILE": True}, True)
 
 
 def test_less_is_kept_for_the_backward_pass():

@@ -62,6 +62,10 @@ class LossLog:
         values = torch.stack([value.detach().float() for value in scalars.values()])
         self._pending.append(_Pending(iteration, tuple(scalars), values, file_names(batch), lr))
 
+    def discard(self, iterations: Sequence[int]) -> None:
+        """Forgets steps that were left out, the same on all processes."""
+        self._pending = [step for step in self._pending if step.iteration not in iterations]
+
     def collect(self) -> list[StepRecord]:
         """The steps added since the last call, oldest first.
 

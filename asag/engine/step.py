@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling.registry import check_choice
+from .non_finite import NonFiniteGuard, poison_gradients, update_unless
 
 Sample = dict[str, Any]
-Clipper = Callable[[Sequence[nn.Parameter]], Tensor | None]
+Clipper = Callable[[Sequence[nn.Parameter]], Tensor]
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,6 +42,7 @@ class TrainStep:
         amp_dtype: torch.dtype | None = None,
         accumulate_steps: int = 1,
         clip: Clipper | None = None,
+        guard: NonFiniteGuard | None = None,
     ) -> None:
         """
         Args:
@@ -49,7 +51,10 @@ class TrainStep:
             amp_dtype: number format of autocast; None computes in the parameters' format. float16
                 scales the losses and skips an update whose gradients overflow.
             accumulate_steps: A, at least 1.
-            clip: changes the gradients in place and returns their norm, if it knows it.
+            clip: changes the gradients in place and returns the norm that they had; None leaves
+                them alone.
+            guard: leaves out updates by numbers that are NaN or infinite; its `begin` is to be
+                called before each step.
 
         Raises:
             ValueError: float16 without CUDA.
@@ -58,7 +63,8 @@ class TrainStep:
         self.optimizer = optimizer
         self.data_loader: Any = None  # Detectron2's trainer looks for it here
         self.accumulate_steps = accumulate_steps
-        self.clip = clip
+        self.clip = clip or gradient_norm
+        self.guard = guard
         self.device = next(model.parameters()).device
         self.amp_dtype = amp_dtype
         if amp_dtype is torch.float16 and self.device.type != "cuda":
@@ -77,13 +83,33 @@ class TrainStep:
 
         Returns:
             name -> 0-dim tensor on the model's device, detached: every loss of the model (of the
-            whole batch), `total_loss`, `grad_norm` if the clipper knows it, and what the matcher
-            left in its `metrics`.
+            whole batch), `total_loss`, `grad_norm` (L2 or SOLVER.CLIP_GRADIENTS.NORM_TYPE, over
+            all gradients before clipping), and what the matcher left in its `metrics`. Empty where
+            the guard left out a step that has no losses.
 
         Raises:
             ValueError: the batch cannot be cut into equal parts.
+            NonFiniteLossError: the guard ends the training.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        try:
+            logged = self.backward(batch)
+        except FloatingPointError as error:
+            if self.guard is None:
+                raise
+            self.guard.fail(error)
+            return {}
+        if self.guard is None:
+            logged["grad_norm"] = self._update()
+        else:
+            bad = self.guard.examine(logged, gradients=not self.grad_scaler.is_enabled())
+            logged["grad_norm"] = self._update(bad)
+            self.guard.finish(bad)
+        matcher = getattr(unwrap(self.model), "matcher", None)
+        return logged | dict(getattr(matcher, "metrics", {}))
+
+    def backward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+        """Adds the gradients of a batch to what is there; returns its losses and `total_loss`."""
         parts = split_batch(batch, self.accumulate_steps)
         weights = object_shares(parts, self.device) if len(parts) > 1 else None
         logged: dict[str, Tensor] = {}
@@ -102,18 +128,18 @@ class TrainStep:
                 (*losses, "total_loss"), (*values.detach(), total.detach()), strict=True
             ):
                 logged[name] = logged[name] + value if name in logged else value
-        norm = self._update()
-        if norm is not None:
-            logged["grad_norm"] = norm
-        matcher = getattr(unwrap(self.model), "matcher", None)
-        return logged | dict(getattr(matcher, "metrics", {}))
+        return logged
 
-    def _update(self) -> Tensor | None:
-        norm = None
-        if self.clip is not None:
-            self.grad_scaler.unscale_(self.optimizer)
-            norm = self.clip(self._parameters)
-        self.grad_scaler.step(self.optimizer)
+    def _update(self, bad: Tensor | None = None) -> Tensor:
+        scaled = self.grad_scaler.is_enabled()
+        if bad is not None and scaled:
+            poison_gradients(self._parameters, bad)
+        self.grad_scaler.unscale_(self.optimizer)
+        norm = self.clip(self._parameters)
+        if bad is None or scaled:
+            self.grad_scaler.step(self.optimizer)
+        else:
+            update_unless(self.optimizer, bad)
         self.grad_scaler.update()
         return norm
 
@@ -157,6 +183,20 @@ def object_shares(parts: Sequence[Sequence[Sample]], device: torch.device) -> Te
     return objects.clamp(min=1) / objects.sum().clamp(min=1)
 
 
+@torch.no_grad()
+def gradient_norm(parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+    """Norm of all gradients together, in a few kernels and without changing them.
+
+    Returns:
+        0-dim tensor on the gradients' device; zero if there are none.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
+    norms = torch.stack(torch._foreach_norm(gradients, norm_type))
+    return torch.linalg.vector_norm(norms, norm_type)
+
+
 def build_clipper(cfg: CfgNode) -> Clipper | None:
     """Gradient clipping of SOLVER.CLIP_GRADIENTS.{ENABLED, CLIP_TYPE, CLIP_VALUE, NORM_TYPE}.
 
@@ -177,12 +217,16 @@ def build_clipper(cfg: CfgNode) -> Clipper | None:
     def full_model(parameters: Sequence[nn.Parameter]) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, limit, norm_type)
 
-    def norm(parameters: Sequence[nn.Parameter]) -> None:
+    def norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+        total = gradient_norm(parameters, norm_type)
         for parameter in parameters:
             nn.utils.clip_grad_norm_(parameter, limit, norm_type)
+        return total
 
-    def value(parameters: Sequence[nn.Parameter]) -> None:
+    def value(parameters: Sequence[nn.Parameter]) -> Tensor:
+        total = gradient_norm(parameters, norm_type)
         nn.utils.clip_grad_value_(parameters, limit)
+        return total
 
     return {"full_model": full_model, "norm": norm, "value": value}[c.CLIP_TYPE]
 

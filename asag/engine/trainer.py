@@ -27,15 +27,18 @@ from ..data import SparseDetectionMapper, build_train_loader
 from ..modeling.tta import DetectorWithTTA, check_test_augmentation
 from . import datasets
 from .checkpointer import AtomicCheckpointer
+from .early_stopping import EarlyStopping
 from .ema import WeightAverage
 from .hooks import BestResult, Checkpointing, Evaluation
-from .loss_log import LossLog, NonFiniteLossError, divergence_message, file_names
+from .loss_log import LossLog
+from .non_finite import NonFiniteGuard
 from .optimizer import build_optimizer
 from .pictures import save_pictures
 from .resuming import ResumableTrainer
 from .rng import preserved_rng, set_rng_state
 from .schedule import resolve_schedule
 from .step import TrainStep, amp_dtype, build_clipper, unwrap
+from .validation import validation_losses
 from .writers import build_writers
 
 LOG_PERIOD = 20  # iterations between two lines of the log
@@ -88,6 +91,13 @@ class Trainer(ResumableTrainer):
             amp_dtype=amp_dtype(cfg),
             accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
             clip=build_clipper(cfg),
+            guard=NonFiniteGuard(
+                model,
+                optimizer,
+                folder=cfg.OUTPUT_DIR,
+                config=cfg.dump(),
+                max_skips=cfg.SOLVER.NON_FINITE.MAX_SKIPS,
+            ),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.ema = WeightAverage.from_config(cfg, model)
@@ -101,6 +111,7 @@ class Trainer(ResumableTrainer):
         self.class_names = datasets.class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
         self.best: BestResult | None = None
         self.results: dict[str, Any] | None = None
+        self._stopping = False
         self._log = LossLog()
         self._batches: Iterator[list[dict[str, Any]]] | None = None
         self._rng_states: list[dict[str, Any]] = []
@@ -167,18 +178,19 @@ class Trainer(ResumableTrainer):
         per_epoch = self.schedule.images / self.schedule.batch
         return build_writers(self.cfg.OUTPUT_DIR, max_iter=self.max_iter, iters_per_epoch=per_epoch)
 
-    def build_hooks(self) -> list[HookBase]:
+    def build_hooks(self) -> list[HookBase | None]:
         """Timer, learning rate, checkpoints, evaluation, writers: in this order after a step.
 
         The checkpoint comes first: should the evaluation fail, nothing of the training is lost.
         """
-        found: list[HookBase] = [
+        found: list[HookBase | None] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(self.optimizer, self.scheduler),
             Checkpointing(self.cfg.SOLVER.CHECKPOINT_PERIOD),
         ]
         if self.cfg.DATASETS.TEST:
             found.append(Evaluation(self.cfg.TEST.EVAL_PERIOD))
+        found.append(EarlyStopping.from_config(self.cfg))
         if comm.is_main_process():
             found.append(hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD))
         return found
@@ -200,6 +212,10 @@ class Trainer(ResumableTrainer):
                 "To go on, raise SOLVER.EPOCHS (or SOLVER.MAX_ITER); to start anew, leave out "
                 "--resume or choose another OUTPUT_DIR."
             )
+            return None
+        early = next((hook for hook in self._hooks if isinstance(hook, EarlyStopping)), None)
+        if early and (reason := early.ended(self.best, self.start_iter)):
+            logger.info(f"nothing left to train, the run was stopped early: {reason}; raise it")
             return None
         self._trainer.data_loader = self.build_train_loader(
             self.cfg, self.dataset_dicts, seed=self.seed, start_iter=self.start_iter
@@ -223,9 +239,15 @@ class Trainer(ResumableTrainer):
                     self.before_step()
                     self.run_step()
                     self.after_step()
+                    if self._stopping:
+                        break
                 self.iter += 1
             finally:
                 self.after_train()
+
+    def stop(self) -> None:
+        """Ends the training after the present iteration. Every process must call it."""
+        self._stopping = True
 
     def before_train(self) -> None:
         """Hooks, then the first batch is ordered, then the random state of the checkpoint."""
@@ -241,12 +263,10 @@ class Trainer(ResumableTrainer):
         batch = next(self._batches)
         self.storage.put_scalar("data_time", time.perf_counter() - start)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        try:
-            scalars = self._trainer(batch)
-        except FloatingPointError as error:
-            message = divergence_message(self.iter, str(error), lr, file_names(batch))
-            raise NonFiniteLossError(message) from error
-        self._log.add(self.iter, scalars, batch, lr)
+        self._trainer.guard.begin(self.iter, batch)
+        scalars = self._trainer(batch)
+        if scalars:
+            self._log.add(self.iter, scalars, batch, lr)
         # On a CPU nothing has to wait for the numbers: look at every step.
         done = self.iter + 1
         if self._on_cpu or done % LOG_PERIOD == 0 or done == self.max_iter:
@@ -262,6 +282,8 @@ class Trainer(ResumableTrainer):
         Raises:
             NonFiniteLossError: one of these steps had a loss that is NaN or infinite.
         """
+        self._trainer.guard.settle()
+        self._log.discard(self._trainer.guard.take_skipped())
         for record in self._log.collect():
             self.storage.iter = record.iteration
             self.storage.put_scalars(**record.scalars)
@@ -276,6 +298,11 @@ class Trainer(ResumableTrainer):
         with preserved_rng(), self.evaluation_weights():
             self.results = self.test(self.cfg, unwrap(self.model))
         return self.results
+
+    def validate(self) -> dict[str, float]:
+        """Losses on the first data set of DATASETS.TEST; see `asag.engine.validation`."""
+        with self.evaluation_weights():
+            return validation_losses(self.cfg, unwrap(self.model))
 
     @classmethod
     def test(
