@@ -18,7 +18,7 @@ from torch import nn
 from asag.engine import NonFiniteLossError, Trainer, build_optimizer
 from asag.engine.loss_log import LossLog
 from asag.engine.optimizer import parameter_groups
-from asag.engine.step import TrainStep, amp_dtype, build_clipper, split_batch
+from asag.engine.step import TrainStep, amp_dtype, build_clipper, gradient_norm, split_batch
 
 
 def tiny_batch(cfg, size: int = 4):
@@ -79,20 +79,32 @@ def gradients(*values: list[float]) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected", "norm"),
+    ("kind", "expected"),
     [
-        ("full_model", [[3 / 13, 4 / 13], [12 / 13]], 13.0),
-        ("norm", [[0.6, 0.8], [1.0]], None),
-        ("value", [[1.0, 1.0], [1.0]], None),
+        ("full_model", [[3 / 13, 4 / 13], [12 / 13]]),
+        ("norm", [[0.6, 0.8], [1.0]]),
+        ("value", [[1.0, 1.0], [1.0]]),
     ],
 )
-def test_clipping(tmp_path, kind, expected, norm):
+def test_clipping(tmp_path, kind, expected):
     clip = build_clipper(tiny_cfg(tmp_path, SOLVER__CLIP_GRADIENTS__CLIP_TYPE=kind))
     parameters = gradients([3.0, 4.0], [12.0])
-    found = clip(parameters)
-    assert (found is None) if norm is None else found.item() == pytest.approx(norm)
+    assert clip(parameters).item() == pytest.approx(13.0), "the norm before clipping"
     for parameter, grad in zip(parameters, expected, strict=True):
         assert parameter.grad.tolist() == pytest.approx(grad, abs=1e-5)
+
+
+def test_norm_without_clipping():
+    parameters = [*gradients([3.0, 4.0], [12.0]), nn.Parameter(torch.ones(2))]
+    before = [p.grad.clone() for p in parameters[:2]]
+    assert gradient_norm(parameters).item() == pytest.approx(13.0)
+    assert gradient_norm(parameters, float("inf")).item() == 12.0
+    assert gradient_norm(parameters[2:]).item() == 0.0
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, before, strict=False))
+    model = Line()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    assert step([{"slope": 4.0}])["grad_norm"].item() == 4.0
+    assert model.weight.item() == -4.0, "not clipped"
 
 
 def test_clipping_errors(tmp_path):

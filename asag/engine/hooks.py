@@ -84,6 +84,8 @@ class Evaluation(HookBase):
         last = done == self.trainer.max_iter
         if not last and not (self._period > 0 and done % self._period == 0):
             return
+        if self.trainer.cfg.TEST.LOSS:
+            self._log_losses(self.trainer.validate())
         results = self.trainer.evaluate()
         if comm.is_main_process() and results:
             self._log(results)
@@ -94,6 +96,11 @@ class Evaluation(HookBase):
         numbers = flatten_results_dict(results)
         finite = {k: float(v) for k, v in numbers.items() if math.isfinite(float(v))}
         self.trainer.storage.put_scalars(**finite, smoothing_hint=False)
+
+    def _log_losses(self, losses: Mapping[str, float]) -> None:
+        finite = {f"val_loss/{k}": v for k, v in losses.items() if math.isfinite(v)}
+        self.trainer.storage.put_scalars(**finite, smoothing_hint=False)
+        logger.info(f"validation loss {losses['total_loss']:.4g}")
 
     def _keep_best(self, results: Mapping[str, Any], done: int) -> None:
         ap = box_ap(results)

@@ -1,0 +1,134 @@
+"""Losses on a validation set, measured without a trace in the model or the training.
+
+B images of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetFromList, MapDataset
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..data import SparseDetectionMapper
+from ..data.mapper import eval_augmentations
+from ..modeling.layers.loss_weights import mean_over_workers
+from .rng import preserved_rng
+from .step import amp_dtype
+
+# Modules that compute losses in training mode only. What is inside them, and everything else, stays
+# in evaluation mode: no dropout, norms with the statistics that inference uses.
+LOSS_ROOMS = ("", "proposal_generator", "proposal_generator.rpn", "roi_heads")
+SEED = 0  # of models that draw noise or samples, so that evaluations differ by the weights only
+
+
+def validation_losses(
+    cfg: CfgNode, model: nn.Module, dataset_dicts: Sequence[dict[str, Any]] | None = None
+) -> dict[str, float]:
+    """The training's losses on images that are prepared as for testing.
+
+    Batches count by their objects: a loss that is normalised by objects comes out as if all images
+    were one batch, whatever the batch size and the number of processes. (Others become that
+    weighted mean over the batches.) Every process must call it.
+
+    Args:
+        cfg: DATASETS.TEST (the first), INPUT.*, SOLVER.AMP.*, and for the size of a batch what a
+            process has in memory while training.
+        model: the detector, not wrapped. Weights, buffers and modes are afterwards as before, and
+            so are the random numbers.
+        dataset_dicts: images; default: the first data set of DATASETS.TEST.
+
+    Returns:
+        name -> loss, and their sum as `total_loss`; the same on every process.
+
+    Raises:
+        ValueError: no images.
+    """
+    if dataset_dicts is None:
+        dataset_dicts = DatasetCatalog.get(cfg.DATASETS.TEST[0])
+    if not dataset_dicts:
+        raise ValueError("TEST.LOSS: the first data set of DATASETS.TEST has no images")
+    sums: list[Tensor] = []  # each (1 + losses,): objects of a batch, its undivided losses
+    with preserved_rng(), EventStorage(), torch.no_grad(), _loss_mode(model) as restore_buffers:
+        _seed_all(SEED)
+        for batch, counts in _batches(cfg, dataset_dicts):
+            device = next(model.parameters()).device.type
+            with torch.autocast(device, amp_dtype(cfg), enabled=cfg.SOLVER.AMP.ENABLED):
+                losses = model(batch)
+            restore_buffers()
+            values = torch.stack([x.float() for x in losses.values()])
+            objects = values.new_tensor([sum(len(x["instances"]) for x in batch)])
+            values = torch.cat((objects, mean_over_workers(objects) * values))
+            sums.append(values if counts else torch.zeros_like(values))
+    total = torch.stack(sums).sum(dim=0)
+    if comm.get_world_size() > 1:
+        torch.distributed.all_reduce(total)
+    _, *found = (total / total[0].clamp(min=1)).tolist()
+    named = dict(zip(losses, found, strict=True))
+    return named | {"total_loss": sum(found)}
+
+
+@contextlib.contextmanager
+def _loss_mode(model: nn.Module) -> Iterator[Any]:
+    """Puts a model into the state in which it gives losses as inference would see them; yields a
+    function that undoes what a pass did to buffers, such as counters of steps."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = list(model.buffers())
+    saved = [x.clone() for x in buffers]
+
+    def restore_buffers() -> None:
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
+
+    model.eval()
+    for path in LOSS_ROOMS:
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(path).training = True
+    try:
+        yield restore_buffers
+    finally:
+        with torch.no_grad():
+            restore_buffers()
+        for module, mode in modes:
+            module.training = mode
+
+
+def _batches(
+    cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]]
+) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+    """This process's batches, and whether each counts.
+
+    Criteria talk to the other processes, so all of them need equally many batches: where one has
+    nothing left it gets a batch again that does not count.
+    """
+    world, rank = comm.get_world_size(), comm.get_rank()
+    size = max(1, cfg.SOLVER.IMS_PER_BATCH // (world * cfg.SOLVER.ACCUMULATE_STEPS))
+    indices = range(len(dataset_dicts))
+    batches = [list(indices[i : i + size]) for i in range(0, len(dataset_dicts), size)]
+    steps = -(-len(batches) // world)
+    own = [step * world + rank for step in range(steps)]
+    mapper = SparseDetectionMapper(
+        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
+    )
+    loader = DataLoader(
+        MapDataset(DatasetFromList(list(dataset_dicts), copy=False), mapper),
+        batch_sampler=[batches[i if i < len(batches) else 0] for i in own],
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=list,
+    )
+    yield from zip(loader, (i < len(batches) for i in own), strict=True)
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
