@@ -117,6 +117,8 @@ class NonFiniteGuard:
         self.folder, self.config = Path(folder), config
         self.max_skips = max_skips
         self.num_skips = 0
+        # Whether the host learns of a step in the next one only.
+        self.late = next(model.parameters()).is_cuda
         self._watch = PredictionWatch(model)
         self._buffers = training_buffers(model)
         self._saved = [buffer.detach().clone() for buffer in self._buffers]
@@ -178,7 +180,7 @@ class NonFiniteGuard:
         for buffer, saved in zip(self._buffers, self._saved, strict=True):
             buffer.copy_(torch.where(bad, saved, buffer))
         self._pending, self._now = self._now, None
-        if not bad.is_cuda:
+        if not self.late:
             self.settle()
 
     def fail(self, error: FloatingPointError) -> None:

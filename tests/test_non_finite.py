@@ -1,0 +1,412 @@
+"""Steps whose numbers are no numbers: found, left out, reported and reproduced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace as changed
+from pathlib import Path
+
+import pytest
+import replay as replay_tool
+import torch
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from engine_support import losses, register_tiny_shapes, tiny_cfg, weights
+from test_activation_checkpointing import FAMILIES, make_batch, make_model
+from torch import nn
+
+import asag.engine.step
+from asag.engine import NonFiniteLossError, Trainer
+from asag.engine.non_finite import (
+    BOXES,
+    LOGITS,
+    NonFiniteGuard,
+    PredictionWatch,
+    update_on_device,
+    update_unless,
+)
+from asag.engine.processes import launch
+from asag.engine.replay import _Trace, load_step, replay, report
+from asag.engine.step import TrainStep
+from asag.modeling.criterion.set_criterion import SetCriterion
+from asag.modeling.layers.buffers import preserved_buffers
+from asag.structures import Predictions
+
+BAD = 2  # the iteration that goes wrong
+Change = Callable[[list[dict]], None]
+
+
+class SpoiltTrainer(Trainer):
+    """Changes the batches of some iterations before it trains on them."""
+
+    change: Change
+    iterations = (BAD,)
+
+    def before_train(self) -> None:
+        super().before_train()
+        batches = self._batches
+        self._batches = (self._spoil(i, batch) for i, batch in enumerate(batches))
+
+    def _spoil(self, i: int, batch: list[dict]) -> list[dict]:
+        if i in self.iterations:
+            self.change(batch)
+        return batch
+
+
+class CautiousTrainer(Trainer):
+    """Looks at the batch `BAD`, but does not learn from it."""
+
+    def run_step(self) -> None:
+        if self.iter != BAD:
+            super().run_step()
+            return
+        step = self.optimizer.step
+        self.optimizer.step = lambda: None
+        with preserved_buffers(self.model):
+            super().run_step()
+        self.optimizer.step = step
+
+
+def infinite_pixel(batch: list[dict]) -> None:
+    batch[1]["image"] = batch[1]["image"].float()
+    batch[1]["image"][0, 5, 5] = math.inf
+
+
+def nan_box(batch: list[dict]) -> None:
+    batch[1]["instances"].gt_boxes.tensor[0, 2] = math.nan
+
+
+class NaNGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.nan
+
+
+def nan_loss(name: str, value: torch.Tensor) -> torch.Tensor:
+    return value * math.nan if name == "loss_giou" else value
+
+
+def nan_gradient(name: str, value: torch.Tensor) -> torch.Tensor:
+    return NaNGradient.apply(value) if name == "loss_bbox" else value
+
+
+@pytest.fixture
+def spoil_losses(monkeypatch) -> Callable[[Callable], Change]:
+    """Makes the criterion change the losses of one batch, whenever it comes."""
+
+    def install(spoil: Callable[[str, torch.Tensor], torch.Tensor]) -> Change:
+        marked: list[torch.Tensor] = []
+        original = SetCriterion.forward
+
+        def forward(self, predictions, targets, assignment):
+            found = original(self, predictions, targets, assignment)
+            count = targets.counts[0]
+            if marked and torch.equal(targets.boxes_xyxy[0, :count], marked[0]):
+                return {name: spoil(name, value) for name, value in found.items()}
+            return found
+
+        monkeypatch.setattr(SetCriterion, "forward", forward)
+        return lambda batch: marked.append(batch[0]["instances"].gt_boxes.tensor.clone())
+
+    return install
+
+
+def new_trainer(folder: Path, kind: type[Trainer] = SpoiltTrainer, **changes) -> Trainer:
+    register_tiny_shapes()
+    settings = {"MODEL__DECODER__DROPOUT": 0.2, "SOLVER__MAX_ITER": 5}
+    seed_all_rng(7)
+    return kind(tiny_cfg(folder, **settings | changes))
+
+
+def stopped(folder: Path, change: Change, **changes) -> str:
+    """The message that ends a training."""
+    trainer = new_trainer(folder, **changes)
+    trainer.change = change
+    with pytest.raises(NonFiniteLossError) as caught:
+        trainer.train()
+    return str(caught.value)
+
+
+def only_file(folder: Path) -> Path:
+    (path,) = folder.glob("non_finite_*.pth")
+    return path
+
+
+# What is found, and reproduced
+
+
+def test_image(tmp_path, capsys):
+    message = stopped(tmp_path, infinite_pixel)
+    assert f"iteration {BAD}: the image of " in message
+    assert "came with 1 NaN or infinite number(s)" in message
+    assert "NaN or infinite number(s) in the predicted boxes" in message
+    assert "gradient norm nan" in message and "NaN or infinite gradient of backbone" in message
+    assert "Learning rate 0.0005; images: " in message and "SOLVER.BASE_LR" in message
+    assert f"python tools/replay.py {only_file(tmp_path)}" in message
+
+    found = replay(load_step(only_file(tmp_path)))
+    assert found.reproduced and len(found.inputs) == 1 and not found.weights
+    assert found.forward.kind == "Conv2d" and found.forward.spread
+    assert found.forward.module == "backbone.bottom_up.stem.conv1"
+    assert replay_tool.main([str(only_file(tmp_path))]) == 0
+    printed = capsys.readouterr().out
+    assert "reproduced" in printed and "backbone.bottom_up.stem.conv1 (Conv2d)" in printed
+
+
+def test_ground_truth_box(tmp_path):
+    message = stopped(tmp_path, nan_box)
+    assert f"iteration {BAD}: " in message and "matching costs are NaN or infinite" in message
+    assert "the ground-truth boxes of " in message
+    found = replay(load_step(only_file(tmp_path)))
+    assert found.reproduced and "matching costs" in found.error and found.forward is None
+
+
+def test_loss(tmp_path, spoil_losses):
+    message = stopped(tmp_path, spoil_losses(nan_loss))
+    assert f"iteration {BAD}: loss_giou = nan, total_loss = nan (finite: loss_ce" in message
+    state = load_step(only_file(tmp_path))
+    assert state["iteration"] == BAD and state["learning_rate"] == 0.0005
+    found = replay(state)
+    assert found.reproduced and found.forward.module == "criterion"
+    same = {k: v for k, v in state["values"].items() if math.isfinite(v)}
+    assert {k: found.values[k] for k in same} == pytest.approx(same, rel=1e-4)
+    assert same["loss_ce"] != same["loss_ce_0"], "numbers that tell something"
+
+
+def test_gradient(tmp_path, spoil_losses):
+    message = stopped(tmp_path, spoil_losses(nan_gradient))
+    assert "gradient norm nan; NaN or infinite gradient of " in message and "more." in message
+    assert "loss_bbox = nan" not in message
+    state = load_step(only_file(tmp_path))
+    found = replay(state)
+    assert found.reproduced and found.parameters == state["parameters"]
+    assert "roi_heads.stages.1.box_deltas.weight" in found.parameters
+    assert "roi_heads.stages.1.class_logits.bias" not in found.parameters
+    assert found.forward is None and found.backward.module == "roi_heads"
+    assert "first in the backward pass: roi_heads" in "\n".join(report(state, found))
+
+
+@pytest.mark.parametrize("norm", ["GN", "BN"])
+def test_learning_rate(tmp_path, norm):
+    changes = {"SOLVER__OPTIMIZER": "SGD", "SOLVER__BASE_LR": 1e18, "SOLVER__ACCUMULATE_STEPS": 2}
+    message = stopped(tmp_path, lambda _: None, MODEL__SLIM_RESNET__NORM=norm, **changes)
+    assert "Learning rate 1e+18" in message
+    state = load_step(only_file(tmp_path))
+    found = replay(state)
+    assert found.reproduced and found.forward is not None and not found.forward.spread
+    again = [x for x in found.values if not math.isfinite(found.values[x])]
+    assert again == [x for x in state["values"] if not math.isfinite(state["values"][x])]
+
+
+def test_no_file_of_ours(tmp_path, capsys):
+    assert replay_tool.main([str(tmp_path / "none.pth")]) == 2
+    (tmp_path / "text.pth").write_text("no zip")
+    assert replay_tool.main([str(tmp_path / "text.pth")]) == 2
+    torch.save({"model": {}}, tmp_path / "other.pth")
+    assert replay_tool.main([str(tmp_path / "other.pth")]) == 2
+    assert "other.pth lacks iteration, what" in capsys.readouterr().err
+
+
+def test_another_outcome_is_said(tmp_path):
+    stopped(tmp_path, infinite_pixel)
+    state = load_step(only_file(tmp_path))
+    for sample in state["batch"]:
+        sample["image"] = sample["image"].nan_to_num(posinf=0)
+    found = replay(state)
+    assert not found.reproduced
+    assert found.forward is None and found.backward is None and found.parameters == []
+    torch.save(state, only_file(tmp_path))
+    assert replay_tool.main([str(only_file(tmp_path))]) == 1
+
+
+# What is left out
+
+
+def as_on_a_gpu(trainer: Trainer, monkeypatch) -> None:
+    """The host learns late, and the optimiser decides on the device."""
+    trainer._trainer.guard.late = True
+    monkeypatch.setattr(asag.engine.step, "update_unless", update_on_device)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("change", [infinite_pixel, nan_box, "loss"])
+def test_a_skipped_step_leaves_no_trace(tmp_path, change, late, monkeypatch, caplog, spoil_losses):
+    if change == "loss":
+        change = spoil_losses(nan_loss)
+    norm = {"MODEL__SLIM_RESNET__NORM": "BN", "SOLVER__MAX_ITER": 4}
+    cautious = new_trainer(tmp_path / "cautious", CautiousTrainer, **norm)
+    cautious.train()
+    trainer = new_trainer(tmp_path / "skip", SOLVER__NON_FINITE__MAX_SKIPS=1, **norm)
+    trainer.change = change
+    if late:
+        as_on_a_gpu(trainer, monkeypatch)
+    with caplog.at_level("WARNING", logger="asag"):
+        trainer.train()
+    assert "step 1 of at most 1 (SOLVER.NON_FINITE.MAX_SKIPS) was left out" in caplog.text
+    assert torch.equal(weights(trainer.model), weights(cautious.model))
+    expected = losses(cautious)
+    assert losses(trainer) == expected[:BAD] + expected[BAD + 1 :]
+    for name, value in cautious.model.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value), name
+    assert replay(load_step(only_file(tmp_path / "skip"))).reproduced
+
+
+def test_late_file_holds_what_the_bad_step_met(tmp_path, monkeypatch):
+    states = []
+    for late in (False, True):
+        trainer = new_trainer(tmp_path / str(late), MODEL__SLIM_RESNET__NORM="BN")
+        trainer.change = infinite_pixel
+        if late:
+            as_on_a_gpu(trainer, monkeypatch)
+        with pytest.raises(NonFiniteLossError, match=f"iteration {BAD}"):
+            trainer.train()
+        states.append(load_step(only_file(tmp_path / str(late))))
+    early, late = states
+    assert early["values"].keys() == late["values"].keys()
+    assert early["what"] == late["what"] and early["parameters"] == late["parameters"]
+    for name, value in early["model"].items():
+        assert torch.equal(late["model"][name], value), name
+        assert value.isfinite().all(), name
+    assert torch.equal(early["rng"]["torch"], late["rng"]["torch"])
+
+
+def test_one_skip_too_many(tmp_path):
+    trainer = new_trainer(tmp_path, SOLVER__NON_FINITE__MAX_SKIPS=1)
+    trainer.change, trainer.iterations = infinite_pixel, (1, 2, 3)
+    with pytest.raises(NonFiniteLossError, match="iteration 2"):
+        trainer.train()
+    assert len(list(tmp_path.glob("non_finite_*.pth"))) == 2
+    assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_a_healthy_run_is_the_same_without_the_guard(tmp_path):
+    guarded, plain = (new_trainer(tmp_path / n, Trainer, SOLVER__MAX_ITER=2) for n in "ab")
+    guarded.train()
+    seed_all_rng(7)
+    plain = Trainer(plain.cfg)
+    watch = plain._trainer.guard._watch
+    watch._clean = lambda found: found
+    plain._trainer.guard.examine = lambda losses, gradients: torch.tensor(False)
+    plain._trainer.guard.finish = lambda bad: None
+    plain.train()
+    assert torch.equal(weights(guarded.model), weights(plain.model))
+    assert losses(guarded) == losses(plain)
+
+
+def test_fused_optimiser_decides_on_the_device():
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 3), nn.Linear(3, 3)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimisers = [torch.optim.AdamW(x.parameters(), lr=0.1, fused=True) for x in layers]
+    for bad in (True, False, True, False):
+        gradient = torch.randn(3, 3)
+        for layer in layers:
+            layer.weight.grad = gradient * math.nan if bad else gradient.clone()
+            layer.bias.grad = torch.ones(3)
+        update_on_device(optimisers[0], torch.tensor(bad))
+        update_unless(optimisers[1], torch.tensor(bad))
+        assert torch.equal(layers[0].weight, layers[1].weight)
+        assert torch.equal(layers[0].bias, layers[1].bias)
+    state = optimisers[0].state[layers[0].weight]
+    assert state["step"].item() == 2 and state["exp_avg"].isfinite().all()
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, batch):
+        return {"loss_line": (self.weight * batch[0]["slope"]).sum() + batch[0]["offset"]}
+
+
+@pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="needs a scaler for the CPU")
+def test_loss_scaler(tmp_path):
+    """Overflowing gradients are the scaler's business, a bad loss is not."""
+    model = Line()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    guard = NonFiniteGuard(model, optimizer, folder=tmp_path, config="", max_skips=1)
+    step = TrainStep(model, optimizer, guard=guard)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for i, (slope, offset) in enumerate([(0.5, 0.0), (1e37, 0.0), (0.5, math.inf)]):
+        batch = [{"slope": slope, "offset": offset}]
+        guard.begin(i, batch)
+        step(batch)
+        assert model.weight.tolist() == [0.5, 0.5]
+    assert guard.take_skipped() == [2] and only_file(tmp_path)
+
+
+def test_watch_puts_zeros_in_place_of_bad_predictions():
+    class Heads(nn.Module):
+        def forward(self, predictions):
+            return predictions
+
+    model = nn.Module()
+    model.roi_heads = Heads()
+    watch = PredictionWatch(model)
+    boxes, logits = torch.rand(2, 1, 3, 4), torch.rand(2, 1, 3, 5)
+    valid = torch.tensor([[True, True, False]])
+    good = Predictions(logits, boxes, valid)
+    found = model.roi_heads(good)
+    assert torch.equal(found.boxes_xyxy, boxes) and torch.equal(found.logits, logits)
+    assert {name: count.item() for name, count in watch.counts.items()} == {BOXES: 0, LOGITS: 0}
+
+    boxes, logits = boxes.clone(), logits.clone()
+    boxes[0, 0, 1, 2], boxes[1, 0, 0, 0], boxes[0, 0, 2] = math.nan, 1e16, math.inf
+    logits[1, 0, 1, 3] = -math.inf
+    bad = changed(good, boxes_xyxy=boxes, logits=logits)
+    found = model.roi_heads(bad)
+    assert {name: count.item() for name, count in watch.counts.items()} == {BOXES: 2, LOGITS: 1}
+    assert found.boxes_xyxy.isfinite().all() and (found.boxes_xyxy == 0).sum() == 6
+    assert found.logits[1, 0, 1, 3] == 0 and (found.logits != logits).sum() == 1
+    assert model.eval().roi_heads(bad) is bad
+
+
+@pytest.mark.parametrize("family", ["iou", "dynamic", "asag-d", "detr-padding", "conditional"])
+def test_trace_finds_nothing_in_healthy_models(family):
+    model = make_model(*FAMILIES[family], False)
+    trace = _Trace(model)
+    sum(model(make_batch()).values()).backward()
+    assert trace.forward is None and trace.backward is None
+
+
+# Several processes
+
+
+def work(data: str, folder: str) -> int:
+    """What each of two processes does: the images of one of them are bad."""
+    register_tiny_shapes(data)
+
+    def spoil(batch: list[dict]) -> None:
+        if comm.get_rank() == 1:
+            infinite_pixel(batch)
+
+    stopping = new_trainer(Path(folder) / "stop", MODEL__DECODER__DROPOUT=0)
+    stopping.change = spoil
+    try:
+        stopping.train()
+    except NonFiniteLossError as error:
+        (Path(folder) / f"message{comm.get_rank()}.txt").write_text(str(error))
+    settings = {"MODEL__DECODER__DROPOUT": 0, "SOLVER__NON_FINITE__MAX_SKIPS": 1}
+    skipping = new_trainer(Path(folder) / "skip", **settings)
+    skipping.change = spoil
+    skipping.train()
+    torch.save(weights(skipping.model), Path(folder) / f"weights{comm.get_rank()}.pth")
+    return 0
+
+
+def test_two_processes_leave_the_step_out_together(tmp_path):
+    assert launch(work, (str(register_tiny_shapes()), str(tmp_path)), processes=2) == 0
+    messages = [(tmp_path / f"message{rank}.txt").read_text() for rank in (0, 1)]
+    for message in messages:
+        assert f"iteration {BAD}: the image of " in message
+        assert message.split("images: ")[1].count(".png") == 4, "of both processes"
+    assert only_file(tmp_path / "stop").name.endswith("_rank1.pth")
+    assert "replay.py" in messages[1] and "replay.py" not in messages[0]
+    first, second = (torch.load(tmp_path / f"weights{rank}.pth") for rank in (0, 1))
+    assert torch.equal(first, second) and first.isfinite().all()
