@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ RULES: dict[str, Range | Each] = {
     "MODEL.PIXEL_STD": Each(POSITIVE, 3),
     "MODEL.NMS_THRESH_TEST": SHARE,
     "MODEL.FPN.OUT_CHANNELS": COUNT,
+    "MODEL.BACKBONE.FREEZE_AT": Range("a whole number from 0 to 5", low=0, high=5, whole=True),
     "MODEL.PROPOSAL_GENERATOR.NUM_QUERIES": COUNT,
     "MODEL.PROPOSAL_GENERATOR.DPG.NUM_EXPERTS": COUNT,
     "MODEL.PROPOSAL_GENERATOR.DPG.SIZE": COUNT,
@@ -182,6 +185,10 @@ RULES: dict[str, Range | Each] = {
     "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
     "SOLVER.GAMMA": POSITIVE,
     "SOLVER.WARMUP_ITERS": COUNT_OR_NONE,
+    "SOLVER.MAX_ITER": COUNT,
+    "SOLVER.CHECKPOINT_PERIOD": COUNT_OR_NONE,
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": POSITIVE,
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": POSITIVE,
     "SOLVER.WARMUP_FACTOR": SHARE,
     "SOLVER.BACKBONE_MULTIPLIER": NOT_NEGATIVE,
     "SOLVER.EPOCHS": NOT_NEGATIVE,
@@ -208,7 +215,7 @@ INPUT_FORMATS = ("RGB", "BGR")
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Checks every number of a configuration, and the colour order.
+    """Checks every number of a configuration, and the names that no room of this library checks.
 
     Raises:
         KeyError: the library's keys are not in the configuration.
@@ -225,5 +232,16 @@ def check_config(cfg: CfgNode) -> None:
             wrong.append(f"{key} is {value!r}; it must be {rule.text}")
     if cfg.INPUT.FORMAT not in INPUT_FORMATS:
         wrong.append(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; it must be 'RGB' or 'BGR'")
+    for key, name, registry in (
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+    ):
+        if name not in registry:
+            choices = ", ".join(sorted(known for known, _ in registry))
+            wrong.append(f"{key} is {name!r}; choose one of: {choices}")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        wrong.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; choose one of: 'cpu', 'cuda', 'cuda:0'")
     if wrong:
         raise ValueError("\n".join(wrong))

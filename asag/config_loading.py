@@ -42,19 +42,41 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
     cfg = get_asag_cfg()
     if len(options) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, got {list(options)}")
-    loaded = CN(CN.load_yaml_with_base(config_file))
-    _fit(cfg, _leaves(loaded), config_file, loaded)
-    cfg.merge_from_other_cfg(loaded)
+    _merge(cfg, _read_yaml(config_file), config_file)
     given = CN({})
     for key, value in zip(options[::2], options[1::2], strict=True):
         node = given
         *parents, leaf = key.split(".")
         for name in parents:
             node = node.setdefault(name, CN({}))
+            if not isinstance(node, CN):
+                raise KeyError(f"unknown configuration key {key} in the command line")
         node[leaf] = CN._decode_cfg_value(value)
-    _fit(cfg, _leaves(given), "the command line", given)
-    cfg.merge_from_other_cfg(given)
+    _merge(cfg, given, "the command line")
     return cfg
+
+
+def _read_yaml(path: str) -> CN:
+    """A file with its `_BASE_`; ValueError with the file's name for all that can be wrong with it,
+    for which there is no common class of errors."""
+    try:
+        content = CN.load_yaml_with_base(path)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, not keys and values")
+        return CN(content)
+    except Exception as error:
+        raise ValueError(
+            f"cannot read the configuration {path}: {error}. Mend the file: it is YAML, a line "
+            "KEY: VALUE each, and _BASE_ names another one"
+        ) from error
+
+
+def _merge(cfg: CN, given: CN, source: str) -> None:
+    _fit(cfg, _leaves(given), source, given)
+    try:
+        cfg.merge_from_other_cfg(given)
+    except ValueError as error:  # names key, types and values
+        raise ValueError(f"{source}: {error}. Give a value of the first type") from error
 
 
 def _leaves(node: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:

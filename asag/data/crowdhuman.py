@@ -16,7 +16,6 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ SPLITS = ("train", "val")
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_MAX_COORDINATE = 1e9  # pixels; nor is NaN below it
 _READERS = 8  # threads that read image headers; the wait is for the disk
 _DOWNLOAD = "download it from crowdhuman.org"
 
@@ -185,6 +185,8 @@ def _parse_line(line: bytes) -> tuple[str, list[dict[str, Any]]]:
         raise ValueError("not text; is this an odgt file?") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
+        raise ValueError(f"not JSON that makes sense ({error})") from error
     if not isinstance(record, dict):
         raise ValueError(f"a JSON {type(record).__name__}, expected an object with ID and gtboxes")
     image_id, boxes = record.get("ID"), record.get("gtboxes")
@@ -207,7 +209,7 @@ def _parse_box(box: Any) -> dict[str, Any]:
         raise ValueError(f"`extra` is {extra!r}, expected an object")
     bbox = box.get("fbox")
     is_box = isinstance(bbox, list) and len(bbox) == 4
-    if not is_box or not all(isinstance(v, int | float) and math.isfinite(v) for v in bbox):
+    if not is_box or not all(isinstance(v, int | float) and abs(v) < _MAX_COORDINATE for v in bbox):
         raise ValueError(f"`fbox` is {bbox!r}, expected [x, y, width, height] in pixels")
     # the published conversion looks at `ignore` alone; in the published files every box that is
     # not a person carries it, so both rules give the same regions there

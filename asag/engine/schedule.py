@@ -18,6 +18,7 @@ from ..modeling.registry import check_choice
 SUSPICIOUS_RATIO = 10.0
 # Warm-up takes at most this share of a training.
 MAX_WARMUP_SHARE = 0.25
+SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR")
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def check_solver(cfg: CfgNode) -> None:
     """Raises ValueError that names the first of the schedule's keys with an impossible value."""
     s = cfg.SOLVER
     check_choice("SOLVER.SCALE_LR", s.SCALE_LR, ("none", "linear", "sqrt"))
+    check_choice("SOLVER.LR_SCHEDULER_NAME", s.LR_SCHEDULER_NAME, SCHEDULERS)
     for key in ("IMS_PER_BATCH", "REFERENCE_BATCH", "ACCUMULATE_STEPS"):
         if s[key] < 1:
             raise ValueError(f"SOLVER.{key} is {s[key]}; it must be at least 1")

@@ -6,6 +6,7 @@ import copy
 import functools
 import gzip
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,7 +115,8 @@ def _account(data: dict[str, Any], report: DatasetReport, images: int, trained: 
     )
     crowd = sum(bool(a.get("iscrowd")) for a in data["annotations"])
     expect(report.crowd_boxes == crowd, f"{report.crowd_boxes} crowd regions instead of {crowd}")
-    absent = {i["id"] for i in data["images"] if not (image_folder() / i["file_name"]).is_file()}
+    root = image_folder()
+    absent = {i["id"] for i in data["images"] if not os.path.isfile(root / i["file_name"])}
     of_absent = sum(a["image_id"] in absent for a in data["annotations"])
     reported = report.invalid_boxes + report.boxes_without_image + report.boxes_outside_image
     lost = len(data["annotations"]) - trained - crowd - of_absent
