@@ -118,7 +118,7 @@ def spoil_losses(monkeypatch) -> Callable[[Callable], Change]:
 
 def new_trainer(folder: Path, kind: type[Trainer] = SpoiltTrainer, **changes) -> Trainer:
     register_tiny_shapes()
-    settings = {"MODEL__DECODER__DROPOUT": 0.2, "SOLVER__MAX_ITER": 5}
+    settings = {"MODEL__DECODER__DROPOUT": 0.2, "SOLVER__MAX_ITER": 4}
     seed_all_rng(7)
     return kind(tiny_cfg(folder, **settings | changes))
 
@@ -151,11 +151,10 @@ def test_image(tmp_path, capsys):
 
     found = replay(load_step(only_file(tmp_path)))
     assert found.reproduced and len(found.inputs) == 1 and not found.weights
-    assert found.forward.kind == "Conv2d" and found.forward.spread
-    assert found.forward.module == "backbone.bottom_up.stem.conv1"
+    assert found.forward.spread and found.forward.module == "backbone.bottom_up.stem.conv1.norm"
     assert replay_tool.main([str(only_file(tmp_path))]) == 0
     printed = capsys.readouterr().out
-    assert "reproduced" in printed and "backbone.bottom_up.stem.conv1 (Conv2d)" in printed
+    assert "reproduced" in printed and "backbone.bottom_up.stem.conv1.norm (GroupNorm)" in printed
 
 
 def test_ground_truth_box(tmp_path):
@@ -194,7 +193,9 @@ def test_gradient(tmp_path, spoil_losses):
 @pytest.mark.parametrize("norm", ["GN", "BN"])
 def test_learning_rate(tmp_path, norm):
     changes = {"SOLVER__OPTIMIZER": "SGD", "SOLVER__BASE_LR": 1e18, "SOLVER__ACCUMULATE_STEPS": 2}
-    message = stopped(tmp_path, lambda _: None, MODEL__SLIM_RESNET__NORM=norm, **changes)
+    if norm == "BN":
+        changes |= STATISTICS
+    message = stopped(tmp_path, lambda _: None, **changes)
     assert "Learning rate 1e+18" in message
     state = load_step(only_file(tmp_path))
     found = replay(state)
@@ -233,15 +234,24 @@ def as_on_a_gpu(trainer: Trainer, monkeypatch) -> None:
     monkeypatch.setattr(asag.engine.step, "update_unless", update_on_device)
 
 
+STATISTICS = {"MODEL__SLIM_RESNET__NORM": "BN", "MODEL__SLIM_RESNET__WIDTH": 8}
+
+
+@pytest.fixture(scope="module")
+def cautious(tmp_path_factory) -> Trainer:
+    trainer = new_trainer(tmp_path_factory.mktemp("cautious"), CautiousTrainer, **STATISTICS)
+    trainer.train()
+    return trainer
+
+
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("change", [infinite_pixel, nan_box, "loss"])
-def test_a_skipped_step_leaves_no_trace(tmp_path, change, late, monkeypatch, caplog, spoil_losses):
+def test_a_skipped_step_leaves_no_trace(
+    tmp_path, change, late, monkeypatch, caplog, spoil_losses, cautious
+):
     if change == "loss":
         change = spoil_losses(nan_loss)
-    norm = {"MODEL__SLIM_RESNET__NORM": "BN", "SOLVER__MAX_ITER": 4}
-    cautious = new_trainer(tmp_path / "cautious", CautiousTrainer, **norm)
-    cautious.train()
-    trainer = new_trainer(tmp_path / "skip", SOLVER__NON_FINITE__MAX_SKIPS=1, **norm)
+    trainer = new_trainer(tmp_path / "skip", SOLVER__NON_FINITE__MAX_SKIPS=1, **STATISTICS)
     trainer.change = change
     if late:
         as_on_a_gpu(trainer, monkeypatch)
@@ -259,7 +269,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, change, late, monkeypatch, cap
 def test_late_file_holds_what_the_bad_step_met(tmp_path, monkeypatch):
     states = []
     for late in (False, True):
-        trainer = new_trainer(tmp_path / str(late), MODEL__SLIM_RESNET__NORM="BN")
+        trainer = new_trainer(tmp_path / str(late), **STATISTICS)
         trainer.change = infinite_pixel
         if late:
             as_on_a_gpu(trainer, monkeypatch)
@@ -393,6 +403,7 @@ def work(data: str, folder: str) -> int:
     except NonFiniteLossError as error:
         (Path(folder) / f"message{comm.get_rank()}.txt").write_text(str(error))
     settings = {"MODEL__DECODER__DROPOUT": 0, "SOLVER__NON_FINITE__MAX_SKIPS": 1}
+    settings |= {"SOLVER__MEMORY_CHECK": "always"}
     skipping = new_trainer(Path(folder) / "skip", **settings)
     skipping.change = spoil
     skipping.train()

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from . import datasets
 from .checkpointer import AtomicCheckpointer
 from .hooks import BEST_WEIGHTS, FINAL_WEIGHTS, box_ap
 from .loss_log import NonFiniteLossError
+from .memory import NotEnoughMemoryError
+from .overfit import STEPS, run_check
 from .processes import launch, started_by_torchrun
 from .step import unwrap
 from .trainer import Trainer
@@ -49,6 +52,8 @@ Examples:
   train_net.py                                         a small detector on generated images
   train_net.py --data DIR                              ... on your images, in COCO format
   train_net.py --config-file FILE --num-gpus 8         a recipe, on eight GPUs
+  train_net.py --data DIR --overfit-check              can it learn four of them by heart?
+  train_net.py --data DIR MODEL.WEIGHTS model.pth      fine-tune a trained detector
   train_net.py --config-file FILE --resume             go on after an interruption
   train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
   torchrun --nproc-per-node 8 train_net.py --config-file FILE
@@ -62,6 +67,15 @@ def build_parser() -> argparse.ArgumentParser:
     """Detectron2's arguments and those for data of one's own."""
     parser = default_argument_parser(EPILOG)
     parser.set_defaults(config_file=DEFAULT_CONFIG, dist_url="auto")
+    check = parser.add_argument_group("does it learn at all")
+    check.add_argument(
+        "--overfit-check",
+        action="store_true",
+        help="learn one batch of training images by heart; exit code 0, or 1 and which part failed",
+    )
+    check.add_argument(
+        "--overfit-steps", type=int, default=STEPS, metavar="N", help=f"at most (default {STEPS})"
+    )
     data = parser.add_argument_group("data of your own, in COCO format")
     data.add_argument("--data", metavar="DIR", help="folder in one of the usual layouts")
     data.add_argument("--evaluate-on-train", action="store_true", help="there is no other split")
@@ -78,9 +92,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; default: those of the command line.
 
     Returns:
-        Exit code: 0, or 2 with a message on stderr when a file, a key or an argument is wrong.
+        Exit code: 0, or 2 with a message on stderr when a file, a key or an argument is wrong, or 1
+        after an --overfit-check that failed.
     """
     args = build_parser().parse_args(argv)
+    if args.overfit_check:
+        args.num_gpus, args.num_machines = min(args.num_gpus, 1), 1
+        with tempfile.TemporaryDirectory(prefix="overfit_check_") as folder:
+            args.opts = [*args.opts, "OUTPUT_DIR", folder]
+            return _start(args)
+    return _start(args)
+
+
+def _start(args: argparse.Namespace) -> int:
+    """`main`, once the arguments are read."""
     try:
         cfg, recipe = configure(args)
         check_config(cfg)
@@ -199,11 +224,13 @@ def run(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> int:
         if comm.get_world_size() > 1 and not started_by_torchrun():
             register_data(args, cfg.OUTPUT_DIR)  # a spawned process knows nothing yet
         _set_up(cfg)
+        if args.overfit_check:
+            return run_check(cfg, recipe, steps=args.overfit_steps)
         if args.eval_only:
             evaluate(args, cfg)
         else:
             train(args, cfg, recipe)
-    except (NonFiniteLossError, SampleError) as error:
+    except (NonFiniteLossError, NotEnoughMemoryError, SampleError) as error:
         return complain(error)
     except (ValueError, KeyError, OSError) as error:
         return complain(error) if comm.is_main_process() else COMPLAINT

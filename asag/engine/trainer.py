@@ -31,6 +31,7 @@ from .early_stopping import EarlyStopping
 from .ema import WeightAverage
 from .hooks import BestResult, Checkpointing, Evaluation
 from .loss_log import LossLog
+from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
 from .optimizer import build_optimizer
 from .pictures import save_pictures
@@ -205,6 +206,7 @@ class Trainer(ResumableTrainer):
 
         Raises:
             NonFiniteLossError: the training diverged.
+            NotEnoughMemoryError: with advice on what to change.
         """
         if self.start_iter >= self.max_iter:
             logger.info(
@@ -250,7 +252,11 @@ class Trainer(ResumableTrainer):
         self._stopping = True
 
     def before_train(self) -> None:
-        """Hooks, then the first batch is ordered, then the random state of the checkpoint."""
+        """Hooks, then the first batch is ordered, then the random state of the checkpoint.
+
+        Before all of them, the largest step is tried out (SOLVER.MEMORY_CHECK).
+        """
+        memory_check(self.cfg, self._trainer, self.dataset_dicts)
         super().before_train()
         self.model.train()
         self._batches = iter(self.data_loader)
@@ -264,7 +270,8 @@ class Trainer(ResumableTrainer):
         self.storage.put_scalar("data_time", time.perf_counter() - start)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self._trainer.guard.begin(self.iter, batch)
-        scalars = self._trainer(batch)
+        with memory_advice(self.cfg, f"iteration {self.iter}, {describe_batch(batch)}"):
+            scalars = self._trainer(batch)
         if scalars:
             self._log.add(self.iter, scalars, batch, lr)
         # On a CPU nothing has to wait for the numbers: look at every step.
