@@ -14,13 +14,12 @@ from .detr import CLASSIFIER, PUBLISHED_COLUMNS, UNUSED_CATEGORIES, keep_used_cl
 from .download import local_file
 from .layouts import LAYOUTS, OURS, recognise
 from .reading import read_checkpoint
-from .report import LoadedFile
+from .report import BATCH_COUNTER, LoadedFile
 from .resnet import image_classifier_to_ours, is_image_classifier
 from .swin import swin_to_ours
 
 # Parameters that only a Swin Transformer by itself has: the authors' name, torchvision's name.
 _SWIN_MARKS = ("patch_embed.norm.weight", "features.1.0.attn.relative_position_bias_table")
-_BATCH_COUNTER = ".num_batches_tracked"
 
 
 def to_library_names(
@@ -106,9 +105,11 @@ class PublishedCheckpointer(DetectionCheckpointer):
             layout = recognise(self._file.names)
             self._file.published = layout not in (None, OURS)
             self._file.layout = LAYOUTS[layout].source if layout else "an image classifier"
+        else:
+            self._file.layout = "the model's own names"
         # Frozen batch norms do not count.
         loaded["model"] = {
-            k: v for k, v in ours.items() if k in wanted or not k.endswith(_BATCH_COUNTER)
+            k: v for k, v in ours.items() if k in wanted or not k.endswith(BATCH_COUNTER)
         }
         return loaded
 
@@ -148,6 +149,7 @@ class PublishedCheckpointer(DetectionCheckpointer):
             checkpoint["model"], fresh, self.class_names, names
         )
         if transfer is not None:
+            self._file.fresh_classes = transfer.rows.count(None) * bool(transfer.file_names)
             level = logging.WARNING if None in transfer.rows else logging.INFO
             self.logger.log(level, f"weights {self._file.address}: {transfer.describe()}")
 

@@ -14,6 +14,8 @@ from torch import nn
 COLUMNS = ("loaded", "fresh", "other shape", "left out")
 LISTED = 5  # names, at most, that stand behind the table
 
+BATCH_COUNTER = ".num_batches_tracked"  # which no result depends on
+
 ShapeMismatch = tuple[str, Sequence[int], Sequence[int]]
 """Name, shape in the file, shape in the model."""
 
@@ -30,6 +32,7 @@ class LoadReport:
         fresh: those that are not in the file and keep their random start.
         other_shape: those that are in the file with another shape, and keep theirs too.
         left_out: tensors of the file that the model has no place for.
+        fresh_classes: classes of the data whose rows of the loaded classifiers are fresh.
     """
 
     address: str
@@ -39,6 +42,7 @@ class LoadReport:
     fresh: Collection[str]
     other_shape: Sequence[ShapeMismatch]
     left_out: Collection[str]
+    fresh_classes: int = 0
 
     @property
     def complete(self) -> bool:
@@ -56,8 +60,10 @@ class LoadReport:
             f"weights {self.address} ({self.layout}): {len(self.loaded)} of the model's {total} "
             f"tensors loaded, {self.renamed} of them under other names in the file"
         )
+        if self.fresh_classes:
+            text += f"; in these, rows of {self.fresh_classes} class(es) start fresh"
         if self.complete:
-            return f"{text}; nothing fresh, nothing left out"
+            return f"{text}; nothing{' else' * bool(self.fresh_classes)} fresh, nothing left out"
         lines = [
             f"{text}; {len(self.fresh)} start fresh (at random), {len(self.other_shape)} because "
             f"of another shape; {len(self.left_out)} of the file left out",
@@ -98,12 +104,14 @@ class LoadedFile:
         names: of its tensors, as they stand in it.
         layout: whose names these are.
         published: whether they are those of a whole detector, as its authors publish it.
+        fresh_classes: see `LoadReport`.
     """
 
     address: str = ""
     names: frozenset[str] = frozenset()
-    layout: str = "names taken as they are"
+    layout: str = ""
     published: bool = False
+    fresh_classes: int = 0
 
     def report(self, model: nn.Module, incompatible: Any) -> LoadReport:
         """What came of it.
@@ -116,10 +124,9 @@ class LoadedFile:
         missing, wrong = set(incompatible.missing_keys), list(incompatible.incorrect_shapes)
         there = [(name, id(x)) for name, x in model.named_parameters(remove_duplicate=False)]
         filled = {x for name, x in there if name not in missing}
-        # A parameter with two names needs one of them only; counters start at zero by themselves.
-        excused = {name for name, x in there if x in filled}
-        excused |= {name for name in missing if name.endswith("num_batches_tracked")}
-        names = model.state_dict().keys() - (missing & excused)
+        # A parameter with two names needs one of them only.
+        second = {name for name, x in there if x in filled} & missing
+        names = {x for x in model.state_dict() if not x.endswith(BATCH_COUNTER)} - second
         other = {name for name, _, _ in wrong}
         loaded = names - missing - other
         return LoadReport(
@@ -130,4 +137,5 @@ class LoadedFile:
             fresh=names & missing - other,
             other_shape=wrong,
             left_out=list(incompatible.unexpected_keys),
+            fresh_classes=self.fresh_classes,
         )
