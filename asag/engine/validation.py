@@ -58,7 +58,7 @@ def validation_losses(
     if not dataset_dicts:
         raise ValueError("TEST.LOSS: the first data set of DATASETS.TEST has no images")
     sums: list[Tensor] = []  # each (1 + losses,): objects of a batch, its undivided losses
-    with preserved_rng(), EventStorage(), torch.no_grad(), _loss_mode(model) as restore_buffers:
+    with preserved_rng(), EventStorage(), torch.no_grad(), loss_mode(model) as restore_buffers:
         _seed_all(SEED)
         for batch, counts in _batches(cfg, dataset_dicts):
             device = next(model.parameters()).device.type
@@ -78,7 +78,7 @@ def validation_losses(
 
 
 @contextlib.contextmanager
-def _loss_mode(model: nn.Module) -> Iterator[Any]:
+def loss_mode(model: nn.Module) -> Iterator[Any]:
     """Puts a model into the state in which it gives losses as inference would see them; yields a
     function that undoes what a pass did to buffers, such as counters of steps."""
     modes = [(module, module.training) for module in model.modules()]
