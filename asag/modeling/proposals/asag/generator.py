@@ -19,11 +19,10 @@ from ....structures import ImageSizes, Queries, Targets
 from ...layers.boxes import at_least_float32, cxcywh_to_xyxy
 from ...layers.features import check_features
 from ...layers.loss_weights import QueryWeights
-from ...layers.pooler import build_pooler
 from ...matching.cost import MatchingCost
 from .anchor_loss import AnchorCriterion
 from .anchors import AdaptiveAnchorGenerator, GeneratedAnchors, ProbingRules
-from .block import ProposalBlock
+from .block import ProposalBlock, build_proposal_block
 from .denoising import attendable_pairs, noised_boxes, noised_truth
 from .network import AnchorNetwork
 from .training_patches import PatchCompletion, Uniform, draw_uniform
@@ -100,7 +99,7 @@ class AdaptiveSparseAnchors(nn.Module):
             )
         return {
             "generator": _anchor_generator(cfg),
-            "block": _proposal_block(cfg, input_shape),
+            "block": build_proposal_block(cfg, input_shape),
             "criterion": _anchor_criterion(cfg),
             "anchor_features": asag.IN_FEATURES,
             "block_features": heads.IN_FEATURES,
@@ -110,6 +109,12 @@ class AdaptiveSparseAnchors(nn.Module):
             "noise": asag.DENOISING_NOISE,
             "noise_decay": asag.DENOISING_NOISE_DECAY,
         }
+
+    @property
+    def compilable(self) -> tuple[nn.Module, ...]:
+        """Parts for `torch.compile`: with fixed capacities the anchors are one graph, where sizes
+        follow the data they would be many small ones."""
+        return (self.generator, self.block) if self.generator.static else (self.block,)
 
     def forward(
         self, features: dict[str, Tensor], sizes: ImageSizes, targets: Targets | None = None
@@ -133,7 +138,7 @@ class AdaptiveSparseAnchors(nn.Module):
             attend = attendable_pairs(group, valid, ~targets.valid.any(dim=1))
             boxes_xyxy = torch.cat((noised, boxes_xyxy), dim=1)
             valid = torch.cat((truth >= 0, valid), dim=1)
-        all_valid = attend is None and self._all_valid(len(valid))
+        all_valid = attend is None and self._all_valid(valid.shape[0])
         mask = (None if all_valid else valid) if attend is None else attend
         content, logits, proposals_xyxy = self.block(
             [features[f] for f in self.block_features], boxes_xyxy, mask
@@ -184,7 +189,7 @@ class AdaptiveSparseAnchors(nn.Module):
 
     def _all_valid(self, batch: int) -> bool:
         """A single image needs no padding, unless its number of slots is fixed."""
-        return batch == 1 and not self.generator.static and self.generator.rules.min_anchors > 0
+        return not self.generator.static and batch == 1 and self.generator.rules.min_anchors > 0
 
     def _current_noise(self) -> Tensor | float:
         if not self.noise_decay:
@@ -215,28 +220,12 @@ def _anchor_generator(cfg: CfgNode) -> AdaptiveAnchorGenerator:
             fixed_anchors=asag.FIXED_ANCHORS,
             patch_anchors=asag.PATCH_ANCHORS,
             side=asag.PATCH_SIZE,
+            anchor_init=asag.ANCHOR_INIT,
         ),
         rules=rules,
         inference_rules=inference,
         patch_capacity=asag.PATCH_CAPACITY,
         anchor_capacity=asag.ANCHOR_CAPACITY,
-    )
-
-
-def _proposal_block(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> ProposalBlock:
-    decoder, heads = cfg.MODEL.DECODER, cfg.MODEL.ROI_HEADS
-    focal = cfg.MODEL.CRITERION.CLASS_LOSS == "focal"
-    return ProposalBlock(
-        pooler=build_pooler(cfg, input_shape),
-        dim=decoder.HIDDEN_DIM,
-        num_logits=heads.NUM_CLASSES + (not focal),
-        num_heads=decoder.NUM_HEADS,
-        ffn_dim=cfg.MODEL.ASAG.FFN_DIM,
-        num_cls_layers=cfg.MODEL.ASAG.NUM_CLS_LAYERS,
-        num_reg_layers=cfg.MODEL.ASAG.NUM_REG_LAYERS,
-        activation="gelu",
-        dropout=decoder.DROPOUT,
-        prior_prob=decoder.PRIOR_PROB if focal else None,
     )
 
 
