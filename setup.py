@@ -30,6 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_namespace_packages(include=["asag", "asag.*"]),
+    package_data={"asag.model_zoo": ["*.json", "weights/*"]},
     cmdclass={"build_py": BuildWithConfigs},
     # No "detectron2" here: PyPI has no project of that name. See tools/install_detectron2.py.
     install_requires=[

@@ -21,9 +21,9 @@ import torch
 from detectron2.structures import Instances
 from PIL import Image
 
-from asag import load_config
+from asag import load_config, model_zoo
+from asag.config_loading import find_config
 from asag.data.image_io import read_image
-from asag.engine.launch import find_config
 from asag.predictor import Predictor
 from asag.visualization.detections import draw_detections
 from asag.visualization.media import (
@@ -40,9 +40,13 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 CAMERA_FILE = "webcam.mp4"
+DEFAULT_MODEL = "sparse_rcnn_tiny_shapes"  # comes with the library; knows generated shapes only
 
 EXAMPLES = """\
 examples:
+  # what the small model that comes with the library sees
+  demo.py photos/
+
   # all pictures and videos below a folder, drawn into output/demo
   demo.py --config-file output/run/config.yaml --weights output/run/model_final.pth photos/
 
@@ -80,7 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
         "inputs", nargs="*", metavar="INPUT", help="picture, video, folder (searched whole) or glob"
     )
     add("--webcam", nargs="?", type=int, const=0, metavar="N", help="read camera N (default 0)")
-    add("--config-file", required=True, metavar="FILE", help="yaml configuration of the model")
+    add(
+        "--config-file",
+        metavar="FILE",
+        help="yaml configuration of the model; default: config.yaml beside --weights, or without "
+        f"these the model {DEFAULT_MODEL}, which comes with the library",
+    )
     add("--weights", metavar="FILE", help="checkpoint; default: MODEL.WEIGHTS of the configuration")
     add(
         "--output",
@@ -153,7 +162,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
     """The model with its weights on its device."""
-    cfg = load_config(str(find_config(args.config_file)), args.opts)
+    if args.config_file:
+        cfg = load_config(str(find_config(args.config_file)), args.opts)
+    else:
+        cfg = model_zoo.locate(args.weights or DEFAULT_MODEL, options=args.opts)
     if args.weights:
         cfg.MODEL.WEIGHTS = args.weights
     if not cfg.MODEL.WEIGHTS:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import free_convolutions
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
@@ -81,6 +82,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Count:
     counter.set_op_handle(
         "aten::scaled_dot_product_attention", _attention, "aten::baddbmm", _batched_product
     )
+    counter.set_op_handle(free_convolutions.OPERATOR, free_convolutions.count)
     counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     counter.tracer_warnings("none")
     with warnings.catch_warnings(), _quiet("fvcore"), torch.no_grad():

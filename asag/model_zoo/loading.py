@@ -1,0 +1,187 @@
+"""From a name, a file or an address to a configuration and a model with weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from ..config_loading import load_config
+from .entries import Entry, entry, names
+
+RUN_CONFIG = "config.yaml"
+RUN_WEIGHTS = ("model_best.pth", "model_final.pth", "model.safetensors")
+WEIGHTS_SUFFIXES = (".pth", ".pt", ".pkl", ".bin", ".safetensors")
+HUGGING_FACE = "hf://"
+
+
+def config(name: str, options: Sequence[str] = ()) -> CfgNode:
+    """Configuration of a name, not frozen.
+
+    Args:
+        name: one of `names()`.
+        options: KEY VALUE words that override it.
+
+    Raises:
+        KeyError: unknown name or key; the message has the nearest ones.
+    """
+    known = entry(name)
+    return load_config(str(known.config), [*known.options, *options])
+
+
+def get(
+    name: str, pretrained: bool | str | os.PathLike[str] = False, device: str | None = None
+) -> nn.Module:
+    """Builds a model.
+
+    Args:
+        name: one of `names()`.
+        pretrained: False for random weights, True for those that come with the library, or a file
+            or URL of weights in this library's or in the authors' names.
+        device: "cpu", "cuda", ...; default: a GPU if there is one.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        KeyError: unknown name.
+        FileNotFoundError: no such file of weights.
+        ValueError: `pretrained` is True but no weights come with the library, or the weights are
+            not of this model.
+    """
+    # The predictor is loaded late: names and figures are to be had without it.
+    from ..predictor import load_weights
+
+    cfg = config(name, ["MODEL.DEVICE", choose_device(device)])
+    if pretrained is True:
+        pretrained = packaged_weights(entry(name))
+    model = build_model(cfg)
+    if pretrained:
+        load_weights(model, os.fspath(pretrained))
+    return model.eval()
+
+
+def choose_device(device: str | None) -> str:
+    """The device asked for, else the first GPU, else the CPU."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def packaged_weights(known: Entry) -> str:
+    """File of the weights of an entry that come with the library.
+
+    Raises:
+        ValueError: there are none; the message says from where they can be had.
+    """
+    if known.weights is not None:
+        return str(known.weights)
+    own = [x for x in names() if entry(x).weights and entry(x).config == known.config]
+    if own:
+        way_out = f"there are some of the same kind under the name {' and '.join(own)}"
+    elif known.claim and known.claim.weights:
+        way_out = f"the authors' are at {known.claim.weights}: download them and give their path"
+    elif known.repository:
+        way_out = f"the authors' code is at {known.repository}; give the path of weights"
+    else:
+        way_out = "train some, and give their path"
+    raise ValueError(f"no weights of {known.name} come with the library; {way_out}")
+
+
+def locate(
+    source: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    options: Sequence[str] = (),
+) -> CfgNode:
+    """Configuration of a trained model, with MODEL.WEIGHTS pointing to its weights.
+
+    Args:
+        source: one of
+            - a name of the zoo,
+            - a folder that a training wrote: config.yaml and model_best.pth or model_final.pth,
+            - a file of weights with config.yaml beside it,
+            - a yaml file (then `weights` are needed),
+            - hf://owner/name[@revision][/file], a Hugging Face repository with config.yaml.
+        weights: file or address of other weights than those of the source.
+        options: KEY VALUE words that override the configuration.
+
+    Raises:
+        FileNotFoundError: a file is missing; the message says which one and what to do.
+        KeyError: no such name or key.
+        ValueError: there are no weights.
+    """
+    text = os.fspath(source)
+    given = os.fspath(weights) if weights is not None else None
+    if text.startswith(HUGGING_FACE):
+        file, found = _hugging_face(text)
+    elif os.path.isdir(text):
+        file, found = _run_folder(Path(text), needs_weights=given is None)
+    elif text.endswith(WEIGHTS_SUFFIXES):
+        file, found = _weights_file(text)
+    elif text.endswith((".yaml", ".yml")):
+        if not os.path.isfile(text):
+            raise FileNotFoundError(f"no configuration file {text}")
+        file, found = text, None
+    elif "/" in text or os.sep in text:
+        raise FileNotFoundError(
+            f"{text}: no such folder or file; give a folder with {RUN_CONFIG} and weights, a file "
+            "of weights, hf://owner/name, or a name of asag.model_zoo.names()"
+        )
+    else:
+        known = entry(text)
+        file, options = str(known.config), [*known.options, *options]
+        found = packaged_weights(known) if given is None else None
+    if not (given or found):  # MODEL.WEIGHTS of a recipe is what its training starts from
+        raise ValueError(f"{text} is a configuration alone; give weights=FILE as well")
+    cfg = load_config(file, options)
+    cfg.MODEL.WEIGHTS = given or found
+    return cfg
+
+
+def _run_folder(folder: Path, needs_weights: bool) -> tuple[str, str | None]:
+    file = folder / RUN_CONFIG
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {RUN_CONFIG}, which every training writes; is it the OUTPUT_DIR of "
+            "one?"
+        )
+    found = next((folder / x for x in RUN_WEIGHTS if (folder / x).is_file()), None)
+    if found is None and needs_weights:
+        raise FileNotFoundError(
+            f"{folder} has no weights yet ({', '.join(RUN_WEIGHTS)}); give weights=FILE for another"
+        )
+    return str(file), str(found) if found else None
+
+
+def _weights_file(path: str) -> tuple[str, str]:
+    remote = "://" in path
+    if not remote and not os.path.isfile(path):
+        raise FileNotFoundError(f"no weights file {path}")
+    beside = os.path.join(os.path.dirname(path), RUN_CONFIG)
+    if remote or not os.path.isfile(beside):
+        raise FileNotFoundError(
+            f"{path} has no {RUN_CONFIG} beside it, so its model is not known; give the name or "
+            f"the yaml file of the model first and weights={path!r}"
+        )
+    return beside, path
+
+
+def _hugging_face(address: str) -> tuple[str, str]:
+    """Configuration (downloaded) and address of the weights of a repository."""
+    from ..checkpoint.download import local_file
+
+    if address.removeprefix(HUGGING_FACE).count("/") == 0:
+        raise ValueError(f"{address}: write hf://owner/name, perhaps with @revision or /file")
+    owner, name, *inside = address.removeprefix(HUGGING_FACE).split("/")
+    file = HUGGING_FACE + "/".join([owner, name, *inside[:-1], RUN_CONFIG])
+    try:
+        return local_file(file), address
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{address}: {error}. A repository without {RUN_CONFIG} needs the name of its model "
+            f"first and weights={address!r}"
+        ) from error

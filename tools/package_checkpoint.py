@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Makes weights of a finished run a part of the library: small, checked, evaluated, documented.
+
+    python tools/package_checkpoint.py output/demo sparse_rcnn_tiny_shapes \\
+        --config SparseRCNN/sparse_rcnn_tiny.yaml \\
+        --command "make demo" --commit HASH --date 2026-11-21 --hardware "CPU, 2 cores"
+
+Writes asag/model_zoo/weights/NAME.pth, with parameters and class names only, and NAME.json, which
+says how they were trained and what an evaluation of the packaged file reached just now. Run
+`python tools/make_model_zoo.py` afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from asag.config_loading import find_config, load_config  # noqa: E402
+from asag.engine.checkpointer import write_atomically  # noqa: E402
+from asag.engine.trainer import Trainer  # noqa: E402
+from asag.files import atomic_writer  # noqa: E402
+from asag.model_zoo.entries import WEIGHTS  # noqa: E402
+from asag.predictor import load_weights  # noqa: E402
+
+MAX_BYTES = 10_000_000
+# What decides how a trained model works on a picture; all else of a run is about its training.
+INFERENCE_KEYS = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.FORMAT")
+INFERENCE_KEYS += ("TEST.DETECTIONS_PER_IMAGE",)
+NOT_OF_THE_MODEL = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.COMPILE")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    args = parse(arguments)
+    try:
+        record = package(args)
+    except (OSError, KeyError, ValueError) as error:
+        print(f"package_checkpoint: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(record, indent=1))
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of the training, with config.yaml")
+    add("name", metavar="NAME", help="in the model zoo")
+    add("--weights", default="model_best.pth", metavar="FILE", help="in RUN (default %(default)s)")
+    add("--config", required=True, metavar="FILE", help="recipe, below configs/")
+    add("--command", required=True, help="the command of the training")
+    add("--commit", required=True, help="of this repository, that the training ran with")
+    add("--date", required=True, help="of the training, YYYY-MM-DD")
+    add("--hardware", required=True)
+    add("--note", default="", help="what else a user should know")
+    add("--output", type=Path, default=WEIGHTS, metavar="DIR", help="default: the library's own")
+    return parser.parse_args(arguments)
+
+
+def package(args: argparse.Namespace) -> dict[str, Any]:
+    """Writes both files.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: the weights do not fit the run's configuration, are not finite, or too large.
+        OSError: a file is missing or cannot be written.
+    """
+    recipe_file = find_config(args.config)
+    recipe, run = load_config(str(recipe_file)), load_config(str(args.run / "config.yaml"))
+    options = differences(recipe, run)
+    source = torch.load(args.run / args.weights, map_location="cpu", weights_only=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    target = args.output / f"{args.name}.pth"
+    stripped = {"model": strip(source["model"]), "class_names": list(source["class_names"])}
+    with tempfile.TemporaryDirectory() as scratch:
+        candidate = Path(scratch) / target.name
+        write_atomically(stripped, candidate)
+        size = candidate.stat().st_size
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes; weights in the library have {MAX_BYTES} at most")
+        cfg = load_config(str(recipe_file), [*options, "OUTPUT_DIR", scratch])
+        evaluation = evaluate(cfg, candidate)
+    write_atomically(stripped, target)
+    record = {
+        "config": recipe_file.stem,
+        "options": options,
+        "class_names": stripped["class_names"],
+        "training": {
+            "command": args.command,
+            "commit": args.commit,
+            "date": args.date,
+            "hardware": args.hardware,
+            "seed": run.SEED,
+            "iterations": run.SOLVER.MAX_ITER,
+            "images_per_batch": run.SOLVER.IMS_PER_BATCH,
+            "data": list(run.DATASETS.TRAIN),
+        },
+        "evaluation": evaluation,
+        "note": args.note,
+        "bytes": size,
+        "sha256": hashlib.sha256(target.read_bytes()).hexdigest(),
+    }
+    with atomic_writer(target.with_suffix(".json")) as file:
+        file.write(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters and buffers in float32, each with memory of its own.
+
+    Raises:
+        ValueError: a tensor has NaN or infinite entries.
+    """
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{name} has entries that are not finite")
+    return {k: (v.float() if v.is_floating_point() else v).clone() for k, v in state.items()}
+
+
+def differences(recipe: CfgNode, run: CfgNode) -> list[str]:
+    """KEY VALUE words that turn the recipe's model and test input into the run's."""
+    words: list[str] = []
+    said = {**_leaves(run.MODEL, "MODEL."), **{key: _get(run, key) for key in INFERENCE_KEYS}}
+    for key, value in sorted(said.items()):
+        same = json.dumps(value) == json.dumps(_get(recipe, key))  # lists may come as tuples
+        if key not in NOT_OF_THE_MODEL and not same:
+            words += [key, str(value)]
+    return words
+
+
+def evaluate(cfg: CfgNode, weights: Path) -> dict[str, Any]:
+    """What the file reaches on the first data set of DATASETS.TEST, in percent."""
+    cfg.DATASETS.TEST = cfg.DATASETS.TEST[:1]
+    cfg.TEST.NUM_PICTURES = 0
+    cfg.MODEL.DEVICE = "cpu"
+    model = Trainer.build_model(cfg)
+    load_weights(model, str(weights))
+    (metrics,) = Trainer.test(cfg, model).values()
+    return {"dataset": cfg.DATASETS.TEST[0]} | {k: round(float(v), 4) for k, v in metrics.items()}
+
+
+def _leaves(node: CfgNode, prefix: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        deeper = isinstance(value, CfgNode)
+        found |= _leaves(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
+    return found
+
+
+def _get(cfg: CfgNode, key: str) -> Any:
+    node: Any = cfg
+    for name in key.split("."):
+        node = node[name]
+    return node
+
+
+if __name__ == "__main__":
+    sys.exit(main())
