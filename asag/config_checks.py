@@ -242,6 +242,7 @@ def check_config(cfg: CfgNode) -> None:
     try:
         torch.device(cfg.MODEL.DEVICE)
     except RuntimeError:
-        wrong.append(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}; choose one of: 'cpu', 'cuda', 'cuda:0'")
+        device = cfg.MODEL.DEVICE
+        wrong.append(f"MODEL.DEVICE is {device!r}; choose one of: 'cpu', 'cuda', 'cuda:0'")
     if wrong:
         raise ValueError("\n".join(wrong))

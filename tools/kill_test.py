@@ -3,7 +3,7 @@
 
     python tools/kill_test.py --kills 50
 
-A tiny detector trains on generated images with a checkpoint every other iteration. Each attempt is
+A tiny detector trains on generated images with a checkpoint after every iteration. Each attempt is
 a process of its own, which calls train_net.py's `main` with --resume and is killed at a random
 instant of one of three kinds:
 
@@ -31,6 +31,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,9 +44,9 @@ from asag.data.shapes import make_shapes
 from asag.engine.checkpointer import SCRATCH_FILES
 
 CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
-CHECKPOINT_PERIOD = 2  # iterations
+CHECKPOINT_PERIOD = 1  # iterations
 KINDS = {"saving": 0.6, "training": 0.3, "starting": 0.1}  # how likely each is
-TIMEOUT = 300.0  # seconds an attempt may take; nothing here takes a tenth of it
+TIMEOUT = 1800.0  # seconds an attempt may take; on a quiet machine it takes a minute at most
 
 OPTIONS = {
     "MODEL.DEVICE": "cpu",
@@ -110,7 +111,7 @@ def run(kills: int, seed: int, folder: Path) -> Outcome:
     """
     torch.set_num_threads(1)  # a process with threads cannot be forked
     data = _make_data(folder)
-    iterations = 2 * kills + 8
+    iterations = CHECKPOINT_PERIOD * (kills + 6)
     whole, broken = folder / "whole", folder / "broken"
     rng = random.Random(seed)
     outcome = Outcome(collections.Counter(), 0, 0, iterations, [])
@@ -226,6 +227,8 @@ def _start(data: Path, output: Path, iterations: int, log: Path) -> int:
         os.dup2(file, 1)
         os.dup2(file, 2)
         code = train(arguments)
+    except BaseException:
+        traceback.print_exc()
     finally:  # not even an exception may lead back into the parent's code
         sys.stdout.flush()
         sys.stderr.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
+# A process that waits this long for another one gives up. One that has died is noticed at once; the
+# others may still be silent, as long as the first evaluates or a file system is stuck.
+TIMEOUT = timedelta(minutes=30)
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -116,6 +120,7 @@ def _run_in_group(
         init_method=dist_url,
         rank=place.rank,
         world_size=place.world_size,
+        timeout=TIMEOUT,
     )
     try:
         _make_local_group(place.local_size)

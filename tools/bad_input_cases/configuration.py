@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from asag import load_config
-from asag.config_checks import RULES, Each, Range, check_config
+from asag.config_checks import RULES, Range, check_config
 from asag.engine import Trainer
 from asag.modeling.tta import check_test_augmentation
 
@@ -206,7 +206,9 @@ def _keys(rng: np.random.Generator) -> Iterator[Case]:
             run = overridden(TINY, wrong, "1")
             happens = "names the key and the nearest ones"
             says = (f"unknown configuration key {wrong}",)
-            yield Case("configuration", "misspelt key", f"{key}, {title}", happens, run, says, "mean")
+            yield Case(
+                "configuration", "misspelt key", f"{key}, {title}", happens, run, says, "mean"
+            )
     for name, words, says, remedy in (
         ("key without value", ("SEED",), "SEED", "pairs KEY VALUE"),
         ("key below a value", ("SEED.MORE", "1"), "SEED.MORE", "unknown configuration key"),
@@ -244,7 +246,9 @@ def _files() -> Iterator[Case]:
 
         happens = "names the file and the place"
         title = "file that is no configuration"
-        yield Case("configuration", title, name, happens, run, ("wrong.yaml", says), "Mend the file")
+        yield Case(
+            "configuration", title, name, happens, run, ("wrong.yaml", says), "Mend the file"
+        )
     for name, content, says in (
         ("unknown key", b"MODEL:\n  DEVICES: cpu\n", "MODEL.DEVICES"),
         ("value for a section", b"SOLVER: 5\n", "unknown configuration key SOLVER"),
