@@ -38,6 +38,7 @@ from .loss_log import NonFiniteLossError
 from .memory import NotEnoughMemoryError
 from .overfit import STEPS, run_check
 from .processes import launch, started_by_torchrun
+from .restarts import resume_if_restarted
 from .step import unwrap
 from .trainer import Trainer
 
@@ -109,6 +110,8 @@ def _start(args: argparse.Namespace) -> int:
     try:
         cfg, recipe = configure(args)
         check_config(cfg)
+        if not args.eval_only:
+            args.resume = resume_if_restarted(cfg.OUTPUT_DIR, args.resume)
         say = print if _is_first() else _silent
         cuda = choose_device(cfg, args.num_gpus, say)
         registered = register_data(args, cfg.OUTPUT_DIR)
