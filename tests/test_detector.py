@@ -1,8 +1,11 @@
 """Detector and Detections: kinds of pictures, colours, orientation, sources, quality."""
 
 import contextlib
+import importlib.util
 import io
+import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -318,3 +321,17 @@ def test_the_example_of_the_readme_runs(tmp_path, unseen, monkeypatch, capsys):
     exec(compile(example, "README.md", "exec"), {})
     assert (tmp_path / "drawn.png").is_file()
     assert re.search(r"(circle|square|triangle|star|ring) 0\.\d\d", capsys.readouterr().out)
+
+
+def test_the_demo_takes_the_packaged_model_where_none_is_named(tmp_path, unseen, detector, capsys):
+    spec = importlib.util.spec_from_file_location("packaged_demo", ROOT / "demo" / "demo.py")
+    demo = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = demo  # where dataclasses look up their annotations
+    spec.loader.exec_module(demo)
+    record, picture = tmp_path / "found.json", str(unseen / "000001.png")
+    assert demo.main([picture, "--json", str(record), "--device", "cpu"]) == 0
+    found = json.loads(record.read_text())["detections"]
+    expected = detector.predict(picture, threshold=0.3)
+    assert [x["category_name"] for x in found] == [x.name for x in expected] != []
+    assert demo.main([picture, "--weights", str(tmp_path / "none.pth"), "--json", "x"]) == 2
+    assert "none.pth" in capsys.readouterr().err

@@ -96,7 +96,8 @@ def package(args: argparse.Namespace) -> dict[str, Any]:
         size = candidate.stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"{size} bytes; weights in the library have {MAX_BYTES} at most")
-        cfg = load_config(str(recipe_file), [*options, "OUTPUT_DIR", scratch])
+        fixed = ["OUTPUT_DIR", scratch, "MODEL.DEVICE", "cpu"]
+        cfg = load_config(str(recipe_file), [*options, *fixed])
         evaluation = evaluate(cfg, candidate)
     write_atomically(stripped, target)
     record = {
@@ -150,7 +151,6 @@ def evaluate(cfg: CfgNode, weights: Path) -> dict[str, Any]:
     """What the file reaches on the first data set of DATASETS.TEST, in percent."""
     cfg.DATASETS.TEST = cfg.DATASETS.TEST[:1]
     cfg.TEST.NUM_PICTURES = 0
-    cfg.MODEL.DEVICE = "cpu"
     model = Trainer.build_model(cfg)
     load_weights(model, str(weights))
     (metrics,) = Trainer.test(cfg, model).values()

@@ -1,0 +1,159 @@
+"""The text of MODEL_ZOO.md, from figures and records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from asag.model_zoo.entries import Entry
+
+HEAD = """\
+# Model zoo
+
+Written by `python tools/make_model_zoo.py`; do not edit. Names are those of `asag.model_zoo`:
+
+```python
+from asag import Detector, model_zoo
+
+model = model_zoo.get("conditional_detr_r50_50ep", pretrained="downloaded.pth")
+detector = Detector.from_pretrained("sparse_rcnn_tiny_shapes")
+```
+
+"AP, published" is what the paper's table says; **nobody has trained the COCO and CrowdHuman
+recipes to the end with this library**. Parameters, multiply-adds (GMACs) and floating point
+operations (GFLOPs, two for each multiply-add) are counted by `tools/analyze.py` at the input given,
+by the rules in `tools/flops.py`. Where auxiliary copies of the decoder only train, the parameters
+without them stand behind the slash.
+"""
+
+ADAPTIVE = """\
+Where the number of queries follows the image, the least and the largest are given, and the
+multiply-adds are those of a black image with random weights of seed 0.
+"""
+
+AGREEMENT = """\
+## Numerical agreement
+
+Reference tensors made with the authors' implementations, rebuilt with this library's modules
+(`python tools/verify.py DIR`): largest absolute error of the values (features, boxes in pixels,
+logits, losses) and of the gradients, with the tensor that has it and the tolerance there. Of
+Dynamic Sparse R-CNN no code was released; its suite holds transport problems that were solved
+exactly, independently of any detector.
+"""
+
+
+def render(entries: Sequence[Entry], figures: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        entries: all names of the zoo.
+        figures: content of figures.json.
+        sources: folder of configurations -> what is known of the paper.
+    """
+    parts = [HEAD]
+    own = [x for x in entries if x.weights]
+    if own:
+        parts += ["## Weights that come with the library\n", _own_table(own)]
+    folders = sorted({x.config.parent.name for x in entries})
+    for folder in folders:
+        recipes = [x for x in entries if x.config.parent.name == folder and not x.weights]
+        parts.append(f"## {sources.get(folder, {}).get('paper', 'Combinations')}\n")
+        if repository := sources.get(folder, {}).get("repository"):
+            parts.append(f"The authors' code: {repository}\n")
+        parts.append(_recipe_table(recipes, figures["models"]))
+        if any(isinstance(figures["models"][x.name]["queries"], list) for x in recipes):
+            parts.append(ADAPTIVE)
+    if figures["agreement"]:
+        parts += [AGREEMENT, _agreement_table(figures["agreement"], sources)]
+    return "\n".join(parts)
+
+
+def _own_table(entries: Iterable[Entry]) -> str:
+    rows = []
+    for entry in entries:
+        record = entry.training
+        trained, reached = record["training"], record["evaluation"]
+        options = " ".join(entry.options)
+        rows.append(
+            [
+                f"`{entry.name}`",
+                f"`{entry.config.parent.name}/{entry.config.stem}`"
+                + (f" with `{options}`" if options else ""),
+                f"{reached['AP']:.1f}",
+                f"{reached['AP50']:.1f}",
+                reached["dataset"],
+                f"{trained['iterations']} iterations, seed {trained['seed']}, "
+                f"{trained['hardware']}, {trained['date']}",
+                f"{record['bytes'] / 1e6:.1f} MB",
+            ]
+        )
+    header = ["name", "configuration", "AP", "AP50", "of", "training", "file"]
+    notes = [f"`{x.name}`: {x.training['note']}\n" for x in entries if x.training.get("note")]
+    return "\n".join([_table(header, rows), *notes])
+
+
+def _recipe_table(entries: Iterable[Entry], models: Mapping[str, Any]) -> str:
+    header = ["name", "AP, published", "epochs", "queries", "parameters", "input", "GMACs"]
+    header += ["GFLOPs", "authors' weights"]
+    rows = []
+    for entry in entries:
+        x, claim = models[entry.name], entry.claim
+        parameters = f"{x['parameters'] / 1e6:.2f} M"
+        if x["deployed_parameters"] != x["parameters"]:
+            parameters += f" / {x['deployed_parameters'] / 1e6:.2f} M"
+        published = ""
+        if claim:
+            data = "" if claim.data == "COCO val2017" else f"{claim.data}; "
+            published = f"{claim.ap} ({data}{claim.where})"
+        many = x["queries"]
+        rows.append(
+            [
+                f"`{entry.name}`",
+                published,
+                f"{x['epochs']:.3g}",
+                f"{many[0]} to {many[1]}" if isinstance(many, list) else str(many),
+                parameters,
+                x["input"],
+                f"{x['gmacs']:.2f}",
+                f"{x['gflops']:.2f}",
+                f"[page]({claim.weights})" if claim and claim.weights else "",
+            ]
+        )
+    return _table(header, rows)
+
+
+def _agreement_table(agreement: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
+    header = ["suite", "cases", "comparisons", "failed", "largest error, values"]
+    header += ["largest error, gradients"]
+    rows = []
+    for prefix in sorted({p for x in sources.values() for p in x["verified_by"]}):
+        cases = [x for name, x in agreement.items() if name.startswith(prefix)]
+        if not cases:
+            continue
+        rows.append(
+            [
+                f"`{prefix}*`",
+                str(len(cases)),
+                str(sum(x["comparisons"] for x in cases)),
+                str(sum(x["failed"] for x in cases)),
+                _largest(x["values"] for x in cases),
+                _largest(x["gradients"] for x in cases),
+            ]
+        )
+    return _table(header, rows)
+
+
+def _largest(errors: Iterable[Mapping[str, Any] | None]) -> str:
+    known = [x for x in errors if x]
+    if not known:
+        return ""
+    worst = max(known, key=lambda x: x["max_abs_error"])
+    tolerance = f"{worst['atol']:.0e}"
+    if worst["rtol"]:
+        tolerance += f" + {worst['rtol']:.0e} relative"
+    return f"{worst['max_abs_error']:.1e} (`{worst['tensor']}`, {tolerance})"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
