@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 START = 300  # seconds that a busy machine may take to start two processes
 GONE = 60  # seconds after the death of one process in which all others have to be gone
-STEPS = 6
+STEPS = 30  # enough for one process to die in the middle
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def data(tmp_path_factory) -> Path:
 
 def arguments(data: Path, output: Path, **changes: object) -> list[str]:
     # SGD, because AdamW's first steps turn the sign of a gradient that is mere rounding into a
-    # whole step.
-    settings = {"SOLVER__OPTIMIZER": "SGD", "SOLVER__BASE_LR": 0.01, "SOLVER__MAX_ITER": STEPS}
+    # whole step; and slowly, because a matching that rounding decides sends two runs apart.
+    settings = {"SOLVER__OPTIMIZER": "SGD", "SOLVER__BASE_LR": 0.0005}
     settings |= {"SOLVER__CHECKPOINT_PERIOD": 1, **changes}
     options = tiny_options(output, **settings)
     return ["--config-file", str(CONFIG), "--data", str(data), *options]
@@ -82,7 +82,7 @@ def ready(folder: Path) -> Callable[[], bool]:
 def test_restart_goes_on_and_losses_equal_those_of_one_process(data, tmp_path):
     one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log.txt"
     tool = str(ROOT / "tools/recorded_training.py")
-    changes = {"SOLVER__MAX_ITER": 40}
+    changes = {"SOLVER__MAX_ITER": STEPS}
     command = [*TORCHRUN, "--max-restarts", "1", tool, *arguments(data, two, **changes)]
     with started(command, log) as job:
         wait_for(ready(two), job, log)
@@ -96,10 +96,9 @@ def test_restart_goes_on_and_losses_equal_those_of_one_process(data, tmp_path):
         assert job.wait(START) == 0, log.read_text()[-3000:]
     expected = dict(read_losses(one))
     found = read_losses(two)
-    assert set(dict(found)) == set(expected) == set(range(40))
+    assert set(dict(found)) == set(expected) == set(range(STEPS))
     ratios = [loss / expected[iteration] for iteration, loss in found]
-    # Sums over images in another order; what is rounding at first grows from step to step.
-    np.testing.assert_allclose(ratios, 1, rtol=1e-3)
+    np.testing.assert_allclose(ratios, 1, rtol=1e-4)  # sums over images in another order
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "train_net"])

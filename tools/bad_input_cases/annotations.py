@@ -494,11 +494,13 @@ def _raw(title: str, name: str, happens: str, content: bytes, *says: str, remedy
 
 def _not_json(rng: np.random.Generator) -> Iterator[Case]:
     text = json.dumps(healthy())
-    for share in np.sort(rng.uniform(0.01, 0.99, size=8)):
+    for i, share in enumerate(np.sort(rng.uniform(0.01, 0.99, size=8))):
         content = text[: int(len(text) * share)].encode()
         happens = "names line and column; export it again"
         says = "not valid JSON at line 1, column"
-        yield _raw("cut off", f"after {share:.0%}", happens, content, says, remedy=EXPORT)
+        yield _raw(
+            "cut off", f"place {i}, after {share:.0%}", happens, content, says, remedy=EXPORT
+        )
     broken = {
         "empty": b"",
         "blanks": b" \n\n ",

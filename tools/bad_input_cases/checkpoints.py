@@ -75,7 +75,7 @@ def _error(
 def _damaged(rng: np.random.Generator) -> Iterator[Case]:
     happens = "names the file; download it again"
     for zipped in (True, False):
-        for share in np.sort(rng.uniform(0.02, 0.98, size=6)):
+        for i, share in enumerate(np.sort(rng.uniform(0.02, 0.98, size=6))):
 
             def run(folder: Path, z: bool = zipped, s: float = share) -> str:
                 state = {"model": model().state_dict()}
@@ -84,7 +84,7 @@ def _damaged(rng: np.random.Generator) -> Iterator[Case]:
                 (folder / FILE).write_bytes(content[: int(len(content) * s)])
                 return use(folder)
 
-            name = f"{'new' if zipped else 'old'} format, after {share:.0%}"
+            name = f"{'new' if zipped else 'old'} format, place {i}, after {share:.0%}"
             yield _error("cut off", name, happens, run, READ, "download it again")
     for name, says in (("model.pkl", "cut off"), ("model.safetensors", "damaged")):
 
@@ -144,7 +144,7 @@ def _code() -> Iterator[Case]:
     content = pickle.dumps({"model": {"a": np.zeros(2)}, "__author__": Runs()})
     run = _written(content, "model.pkl")
     yield _error("code in the pickle", ".pkl", happens, run, said, remedy)
-    run = _written(pickle.dumps(Runs()))
+    run = _written(pickle.dumps(Runs()), "model.pkl")
     yield _error("code in the pickle", "nothing else", happens, run, said, remedy)
 
 

@@ -62,9 +62,11 @@ def _broken(title: str, name: str, happens: str, row: int, line: bytes, *says: s
 def _lines(rng: np.random.Generator) -> Iterator[Case]:
     happens = "names the line; mend or remove it"
     text = json.dumps(record(1)).encode()
-    for share in np.sort(rng.uniform(0.05, 0.95, size=5)):
+    for i, share in enumerate(np.sort(rng.uniform(0.05, 0.95, size=5))):
         row, content = int(rng.integers(LINES)), text[: int(len(text) * share)]
-        yield _broken("line cut off", f"after {share:.0%}", happens, row, content, "not JSON")
+        yield _broken(
+            "line cut off", f"place {i}, after {share:.0%}", happens, row, content, "not JSON"
+        )
     for name, content, says in (
         ("two objects", text + text, "not JSON"),
         ("web page", b"<!DOCTYPE html>", "not JSON"),

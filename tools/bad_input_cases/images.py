@@ -232,7 +232,7 @@ def _shapes() -> Iterator[Case]:
 
 def _truncated(rng: np.random.Generator) -> Iterator[Case]:
     for written, extension in EXTENSIONS.items():
-        for share in np.sort(rng.uniform(0.02, 0.7, size=3)):
+        for i, share in enumerate(np.sort(rng.uniform(0.02, 0.7, size=3))):
 
             def run(folder: Path, w: str = written, e: str = extension, s: float = share) -> str:
                 path = folder / f"a.{e}"
@@ -244,7 +244,7 @@ def _truncated(rng: np.random.Generator) -> Iterator[Case]:
                 return ""
 
             says = (f"a.{extension}",)
-            name = f"{extension} after {share:.0%}"
+            name = f"{extension}, place {i}, after {share:.0%}"
             happens = "names the file; replace it or take it out"
             yield Case("images", "cut off", name, happens, run, says, REPLACE)
 
