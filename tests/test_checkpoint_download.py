@@ -283,6 +283,14 @@ class TestHuggingFace:
         assert local_file("hf://me/net") == local_file("hf://me/net/")
         assert len(listing.requested) == 1
 
+    def test_class_names_come_along(self, server: Server) -> None:
+        server.put("/me/net/resolve/main/model.safetensors")
+        config = server.put("/me/net/resolve/main/config.json", body=b"{}")
+        path = Path(local_file("hf://me/net/model.safetensors"))
+        assert path.with_name("config.json").read_text() == "{}"
+        local_file("hf://me/net/model.safetensors")
+        assert len(config.requested) == 1
+
     def test_revision_and_file(self, server: Server) -> None:
         server.put("/me/net/resolve/v2/weights/best%20one.pth")
         path = local_file(f"hf://me/net@v2/weights/best one.pth#sha256={SUM}")

@@ -59,6 +59,12 @@ def test_safetensors_under_any_name(tmp_path: Path, name: str) -> None:
     assert same(read_checkpoint(tmp_path / name))
 
 
+def test_class_names_in_safetensors(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "x.safetensors", metadata={"class_names": '["cat", "dog"]'})
+    loaded = read_checkpoint(tmp_path / "x.safetensors")
+    assert same(loaded) and loaded["class_names"] == ["cat", "dog"]
+
+
 def test_class_names_beside_the_weights(tmp_path: Path) -> None:
     save_file(WEIGHTS, tmp_path / "model.safetensors")
     config = tmp_path / "config.json"

@@ -4,9 +4,11 @@ every tensor came from."""
 from __future__ import annotations
 
 import logging
+import pickle
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
@@ -185,16 +187,18 @@ class TestFitting:
 
 
 class TestPublishedWeights:
-    def test_coco_classes_are_known_by_name(self, tmp_path: Path) -> None:
+    def test_coco_classes_are_known_by_name(self, caplog, tmp_path: Path) -> None:
         path = CONFIGS / "SparseRCNN/sparse_rcnn_tiny.yaml"
         trained, model = build(path, 80, seed=1), build(path, 3)
         before = snapshot(model)
         data = {"model": SPARSE_RCNN.to_theirs(trained.state_dict())}
-        load(model, data, tmp_path / "x.pth", ["dog", "Traffic  light", "unicorn"])
+        with caplog.at_level(logging.INFO):
+            load(model, data, tmp_path / "x.pth", ["dog", "Traffic  light", "unicorn"])
         for head in class_heads(before):
             old, new = trained.state_dict()[head], model.state_dict()[head]
             assert torch.equal(new[:2], old[[COCO.index("dog"), COCO.index("traffic light")]])
             assert torch.equal(new[2], before[head][2])
+        assert "taken for trained on COCO's classes" in caplog.text
 
     @pytest.mark.parametrize("named", [False, True], ids=["names of COCO", "names in the file"])
     def test_a_row_for_each_category_number(self, tmp_path: Path, named: bool) -> None:
@@ -250,6 +254,32 @@ class TestReport:
         assert f"{len(state) - len(backbone)} start fresh" in text
         row = next(x for x in text.splitlines() if x.startswith("roi_heads.stages"))
         assert row.split()[1:] == [str(sum(k.startswith("roi_heads.stages") for k in state))]
+
+    def test_detectron2_backbone(self, caplog, tmp_path: Path) -> None:
+        """In a pickle of arrays, under names without the detector's prefix."""
+        trained, model = build(self.PATH, 2, seed=1), build(self.PATH, 2)
+        prefix = "backbone.bottom_up."
+        arrays = {
+            k.removeprefix(prefix): v.numpy()
+            for k, v in trained.state_dict().items()
+            if k.startswith(prefix)
+        }
+        arrays["stem.fc.weight"] = np.zeros((10, 4), np.float32)
+        data = {"model": arrays, "__author__": "torchvision", "matching_heuristics": True}
+        (tmp_path / "R.pkl").write_bytes(pickle.dumps(data))
+        with caplog.at_level(logging.INFO):
+            PublishedCheckpointer(model, class_names=["a", "b"]).load(str(tmp_path / "R.pkl"))
+        for name, value in model.state_dict().items():
+            assert not name.startswith(prefix) or torch.equal(value, trained.state_dict()[name])
+        level, text = self.report(caplog)
+        assert level == logging.INFO and "by torchvision, matched by Detectron2" in text
+        assert "left out: stem.fc.weight" in text
+
+    def test_the_backbone_of_another_detector_is_a_warning(self, caplog, tmp_path: Path) -> None:
+        state = build(self.PATH, 2, seed=1).state_dict()
+        state = {k.replace("roi_heads.", "decoder."): v for k, v in state.items()}
+        state = {k: v for k, v in state.items() if not k.startswith("proposal_generator.")}
+        assert self.load(caplog, tmp_path, state)[0] == logging.WARNING
 
     def test_every_kind_of_trouble_is_counted(self, caplog, tmp_path: Path) -> None:
         state = dict(build(self.PATH, 2, seed=1).state_dict())

@@ -15,6 +15,7 @@ that is there is never asked for again. What an interrupted download left stays 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -72,8 +73,8 @@ def local_file(address: str) -> str:
     """
     scheme, separator, rest = address.partition("://")
     if scheme == "hf" and separator:
-        address = hugging_face_url(rest)
-    elif f"{scheme}{separator}" == Detectron2Handler.PREFIX:
+        return str(_from_hugging_face(rest))
+    if f"{scheme}{separator}" == Detectron2Handler.PREFIX:
         address = Detectron2Handler.S3_DETECTRON2_PREFIX + rest
     if address.startswith(("http://", "https://")):
         return str(download(address))
@@ -141,6 +142,17 @@ def cached_path(url: str) -> Path:
 
 
 # Hugging Face.
+
+
+def _from_hugging_face(address: str) -> Path:
+    """The file of a repository; what is loaded of its `config.json` (class names) comes along."""
+    url = hugging_face_url(address)
+    is_new = not cached_path(url.partition("#")[0]).is_file()
+    path = download(url)
+    if is_new and path.name in PREFERRED_FILES:
+        with contextlib.suppress(DownloadError):  # not every repository has one
+            download(f"{url.rpartition('/')[0]}/config.json")
+    return path
 
 
 def hugging_face_url(address: str) -> str:

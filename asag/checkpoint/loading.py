@@ -145,6 +145,10 @@ class PublishedCheckpointer(DetectionCheckpointer):
         heads = class_heads(checkpoint["model"])
         if not names and heads and self._file.published:
             names = coco_row_names(len(checkpoint["model"][heads[0]]))
+            if names:
+                self.logger.info(
+                    f"weights {self._file.address}: taken for trained on COCO's classes"
+                )
         checkpoint["model"], transfer = adopt_classes(
             checkpoint["model"], fresh, self.class_names, names
         )

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor
 
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         head = file.read(1024)
     _refuse_other_files(path, head)
     if _is_safetensors(path, head):
-        loaded: Any = {"model": _read_safetensors(path)}
+        loaded: Any = _read_safetensors(path)
     elif path.suffix == ".pkl" and not head.startswith(_ZIP):
         loaded = _read_pickle(path)
     else:
@@ -96,13 +96,17 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
     )
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
-        return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
+        with safetensors.safe_open(path, framework="pt") as file:
+            # `tools/convert_checkpoint.py` leaves the class names as JSON.
+            names = json.loads((file.metadata() or {}).get("class_names", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise UnreadableError(
             path, f"it is damaged or no safetensors file ({error}); download it again"
         ) from error
+    return {"model": weights} | ({"class_names": names} if names else {})
 
 
 def _read_torch(path: Path) -> Any:

@@ -16,6 +16,8 @@ LISTED = 5  # names, at most, that stand behind the table
 
 BATCH_COUNTER = ".num_batches_tracked"  # which no result depends on
 
+_IMAGE_CLASSIFIER = re.compile(r"(^|\.)(fc\d*|head|classifier)[._]")
+
 ShapeMismatch = tuple[str, Sequence[int], Sequence[int]]
 """Name, shape in the file, shape in the model."""
 
@@ -51,8 +53,13 @@ class LoadReport:
 
     @property
     def backbone_only(self) -> bool:
-        """Whether the file held a backbone and nothing else of a detector: how training starts."""
-        return not self.other_shape and all(x.startswith("backbone.") for x in self.loaded)
+        """Whether the file held a backbone, perhaps with an image classifier on it, and nothing
+        else: how training usually starts."""
+        return (
+            not self.other_shape
+            and all(x.startswith("backbone.") for x in self.loaded)
+            and all(_IMAGE_CLASSIFIER.search(x) for x in self.left_out)
+        )
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.fresh) + len(self.other_shape)
