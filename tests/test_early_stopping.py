@@ -9,7 +9,6 @@ from detectron2.utils import comm
 from engine_support import register_tiny_shapes, tiny_cfg
 
 from asag.engine import Trainer
-from asag.engine.processes import launch
 
 
 @pytest.fixture
@@ -114,21 +113,3 @@ def test_interrupted_run_stops_where_the_whole_one_does(tmp_path, accuracies):
 def test_patience_needs_evaluations(tmp_path, changes):
     with pytest.raises(ValueError, match=r"EARLY_STOP_PATIENCE is 2, but nothing is evaluated"):
         trainer(tmp_path, **changes)
-
-
-def two_processes(data: str, folder: str) -> int:
-    """Only the main process knows results; both must leave the loop, or this never returns."""
-    register_tiny_shapes(data)
-    Trainer.test = staticmethod(
-        lambda cfg, model, evaluators=None: {"bbox": {"AP": 1.0}} if comm.is_main_process() else {}
-    )
-    settings = {"SOLVER__EARLY_STOP_PATIENCE": 1, "TEST__EVAL_PERIOD": 1, "SOLVER__MAX_ITER": 50}
-    run = Trainer(tiny_cfg(folder, DATASETS__TEST="('engine_shapes_val',)", **settings))
-    run.train()
-    return run.iter
-
-
-def test_all_processes_stop(tmp_path):
-    # The exit code of a job is the largest of its processes'.
-    assert launch(two_processes, (str(register_tiny_shapes()), str(tmp_path)), processes=2) == 2
-    assert len(last(tmp_path)[1]["trainer"]["rng"]) == 2

@@ -87,6 +87,18 @@ def test_resume_says_where_it_goes_on_and_what_changed(tmp_path, caplog):
     assert len(losses(longer)) == 2
 
 
+def test_changed_rates_hold_from_the_first_resumed_step(tmp_path):
+    register_tiny_shapes()
+    new_trainer(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS="()").train()
+    changes = {"SOLVER__BASE_LR": 0.00025, "SOLVER__WEIGHT_DECAY": 0.5}
+    resumed = new_trainer(tmp_path, SOLVER__MAX_ITER=4, SOLVER__STEPS="(3,)", **changes)
+    resumed.resume_or_load(resume=True)
+    resumed.train()
+    rates = [value for value, _ in resumed.storage.history("lr").values()]
+    assert rates == pytest.approx([0.00025, 0.000025])
+    assert {group["weight_decay"] for group in resumed.optimizer.param_groups} == {0.5}
+
+
 def test_resume_says_that_nothing_is_left(tmp_path, caplog):
     register_tiny_shapes()
     new_trainer(tmp_path, SOLVER__MAX_ITER=2, SOLVER__STEPS="()").train()

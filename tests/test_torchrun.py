@@ -8,15 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_support import CONFIG, tiny_options, write_coco_folder
 from recorded_training import PROCESS_FILE, read_losses
+from torch.distributed import HashStore
 
-from asag.engine.restarts import EARLIER, resume_if_restarted
+from asag.engine import restarts
+from asag.engine.restarts import EARLIER, fresh_store, resume_if_restarted
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -50,8 +54,9 @@ def started(command: list[str], log: Path) -> Iterator[subprocess.Popen]:
     try:
         yield job
     finally:
-        job.kill()
-        job.wait()
+        if job.poll() is None:
+            job.terminate()  # torchrun passes it on; after SIGKILL its workers would live on
+            job.wait(GONE)
 
 
 def wait_for(condition: Callable[[], bool], job: subprocess.Popen, log: Path) -> None:
@@ -135,46 +140,47 @@ def spawned(parent: int) -> list[int]:
     return sorted(found)
 
 
-@pytest.fixture
-def torchrun_place(monkeypatch) -> pytest.MonkeyPatch:
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "TORCHELASTIC_MAX_RESTARTS": "2",
-    }.items():
-        monkeypatch.setenv(name, value)
-    return monkeypatch
-
-
-def test_a_restart_resumes(tmp_path, torchrun_place):
-    assert not resume_if_restarted(str(tmp_path), False)
-    torchrun_place.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert resume_if_restarted(str(tmp_path), False)
-    torchrun_place.delenv("RANK")  # a variable left over from elsewhere means nothing by itself
+def test_a_restart_resumes(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     assert not resume_if_restarted(str(tmp_path), False)
     assert resume_if_restarted(str(tmp_path), True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resume_if_restarted(str(tmp_path), False)
+
+
+def test_a_restart_of_any_process_resumes_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(restarts.comm, "all_gather", lambda mine: [mine, 1, 0])
+    assert resume_if_restarted(str(tmp_path), False)
 
 
 @pytest.mark.parametrize(
-    ("rank", "restarts", "resume", "kept"),
-    [
-        ("0", "2", False, False),
-        ("1", "2", False, True),
-        ("0", "0", False, True),
-        ("0", "2", True, True),
-    ],
+    ("max_restarts", "resume", "kept"), [("2", False, False), ("0", False, True), ("2", True, True)]
 )
-def test_a_new_start_sets_the_earlier_run_aside(
-    tmp_path, torchrun_place, rank, restarts, resume, kept
-):
+def test_a_new_start_sets_the_earlier_run_aside(tmp_path, monkeypatch, max_restarts, resume, kept):
     """So that a restart before the first checkpoint does not go on with it."""
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
-    torchrun_place.setenv("RANK", rank)
-    torchrun_place.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", max_restarts)
     assert resume_if_restarted(str(tmp_path), resume) == resume
     assert (tmp_path / "last_checkpoint").is_file() == kept
     assert (tmp_path / EARLIER).is_file() != kept
+
+
+def test_leftovers_of_dead_processes_are_not_read():
+    """Three generations over one store; in the second, a process dies before it has agreed."""
+    store = HashStore()
+    names = set()
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            wait = timedelta(seconds=60)
+            # The later ranks come first and find what the generation before has left.
+            parts = [pool.submit(fresh_store, store, rank, 3, wait) for rank in (2, 1, 0)]
+        for rank, part in zip((2, 1, 0), parts, strict=True):
+            assert not part.result().check(["address"])
+            part.result().set(f"address{rank}", "here")
+        parts = [part.result() for part in parts]
+        assert all(part.check([f"address{rank}" for rank in range(3)]) for part in parts)
+        names.add(store.get("answer"))
+        with pytest.raises(TimeoutError, match="process 1 of 3"):
+            fresh_store(store, 1, 3, timedelta(seconds=0.1))
+    assert len(names) == 2

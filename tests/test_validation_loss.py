@@ -6,18 +6,15 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.utils import comm
 from engine_support import losses, register_tiny_shapes, tiny_cfg
 
 from asag import load_config
 from asag.data import SparseDetectionMapper
 from asag.data.mapper import eval_augmentations
 from asag.engine import Trainer
-from asag.engine.processes import launch
 from asag.engine.rng import rng_state
 from asag.engine.validation import validation_losses
 
@@ -154,29 +151,3 @@ def test_averaged_weights_are_measured(tmp_path):
     with run.ema.applied():
         average = validation_losses(run.cfg, run.checkpointer.model)
     assert run.validate() == average != raw
-
-
-def two_processes(data: str, folder: str) -> int:
-    register_tiny_shapes(data)
-    for batch in (2, 8):  # 6 batches of one image, and 2 of four, the second with only two
-        cfg, model = setting(folder, SOLVER__IMS_PER_BATCH=batch)
-        found = validation_losses(cfg, model)
-        few = validation_losses(cfg, model, DatasetCatalog.get("engine_shapes_val")[:1])
-        file = Path(folder) / f"{batch}-{comm.get_rank()}.json"
-        file.write_text(json.dumps([found, few]))
-    return 0
-
-
-def test_processes_share_the_work(tmp_path):
-    cfg, model = setting(tmp_path)
-    one = DatasetCatalog.get("engine_shapes_val")[:1]
-    expected = [validation_losses(cfg, model), validation_losses(cfg, model, one)]
-    assert launch(two_processes, (str(register_tiny_shapes()), str(tmp_path)), processes=2) == 0
-    files = sorted(tmp_path.glob("*.json"))
-    assert len(files) == 4
-    for file in files:
-        for found, wanted in zip(json.loads(file.read_text()), expected, strict=True):
-            assert found.keys() == wanted.keys()
-            np.testing.assert_allclose(
-                [found[k] for k in wanted], list(wanted.values()), rtol=1e-4, err_msg=file.name
-            )

@@ -100,6 +100,8 @@ DYNAMIC_RULES = (
 
 ASAG = NameTable(
     source="the ASAG release",
+    # How far the warm-up has come; weights without it count as past it.
+    ours_only=("proposal_generator.steps",),
     rules=(
         *torchvision_rules("backbone.0.body.", "backbone.bottom_up."),
         *NECK_RULES,

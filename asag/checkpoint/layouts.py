@@ -81,7 +81,8 @@ def convert(
     Args:
         state: parameter name -> tensor.
         target: a key of `LAYOUTS`.
-        partial: leave out what has no place in either layout instead of refusing.
+        partial: leave out what has no place in either layout instead of refusing. What a layout
+            can do without (`ours_only`) is left out in any case.
 
     Returns:
         The renamed weights, the layout that `state` is in, and what was left out, sorted.
@@ -101,9 +102,11 @@ def convert(
         ours = LAYOUTS[source].to_ours(known)
     except KeyError as error:  # a part of a packed matrix
         raise ConversionError(f"incomplete: {error.args[0]}") from error
+    dispensable = set(LAYOUTS[target].ours_only)
     unnamed = LAYOUTS[target].unnamed(ours)
-    if len(unnamed) == len(ours) or (unnamed and not partial):
-        raise _no_place(unnamed, len(ours), target)
+    wrong = [name for name in unnamed if name not in dispensable]
+    if len(unnamed) == len(ours) or (wrong and not partial):
+        raise _no_place(wrong, len(ours), target)
     kept = {name: value for name, value in ours.items() if name not in set(unnamed)}
     return LAYOUTS[target].to_theirs(kept), source, sorted((*unknown, *unnamed))
 

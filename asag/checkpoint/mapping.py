@@ -19,10 +19,12 @@ class NameTable:
         rules: pairs (theirs, ours). `{s}`, `{i}`, ... stand for the same whole number on both
             sides; a pattern that ends with a dot stands for everything below it. The first rule
             that fits is taken.
+        ours_only: names of this library that published files lack and loading does without.
     """
 
     source: str
     rules: tuple[tuple[str, str], ...]
+    ours_only: tuple[str, ...] = ()
     _compiled: tuple[list, list] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -35,8 +37,10 @@ class NameTable:
         return self._rename(state, self._compiled[0], f"in {self.source}")
 
     def to_theirs(self, state: Mapping[str, T]) -> dict[str, T]:
-        """Renames a state dict of this library. Raises KeyError naming what no rule covers."""
-        return self._rename(state, self._compiled[1], f"that {self.source} has no name for")
+        """Renames a state dict of this library, without `ours_only`. Raises KeyError naming what no
+        rule covers."""
+        shared = {name: value for name, value in state.items() if name not in self.ours_only}
+        return self._rename(shared, self._compiled[1], f"that {self.source} has no name for")
 
     def covers(self, names: Iterable[str]) -> bool:
         """Whether every published name is known to this table."""

@@ -33,6 +33,11 @@ class PackedTable:
         """Whose layout this is."""
         return self.names.source
 
+    @property
+    def ours_only(self) -> tuple[str, ...]:
+        """Names of this library that published files lack and loading does without."""
+        return self.names.ours_only
+
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Renames and packs. Raises KeyError naming what no rule covers or which slice is
         missing."""

@@ -119,7 +119,7 @@ def _table(model: str, backbone: str, rules: Rules, parts: tuple) -> PackedTable
     body = torchvision_rules if backbone == "timm" else transformers_rules
     published = (*body(_BODY, "backbone."), *rules)
     alternatives = tuple((_module_name(theirs), ours) for theirs, ours in published)
-    source = f"transformers' {model} on {backbone}'s ResNet"
+    source = f"transformers' {model} on a ResNet of {backbone}"
     return PackedTable(NameTable(source=source, rules=(*published, *alternatives)), parts)
 
 

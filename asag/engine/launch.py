@@ -37,6 +37,7 @@ from .hooks import BEST_WEIGHTS, FINAL_WEIGHTS, box_ap
 from .loss_log import NonFiniteLossError
 from .memory import NotEnoughMemoryError
 from .overfit import STEPS, run_check
+from .pictures import save_curves
 from .processes import launch, started_by_torchrun
 from .restarts import resume_if_restarted
 from .step import unwrap
@@ -110,8 +111,6 @@ def _start(args: argparse.Namespace) -> int:
     try:
         cfg, recipe = configure(args)
         check_config(cfg)
-        if not args.eval_only:
-            args.resume = resume_if_restarted(cfg.OUTPUT_DIR, args.resume)
         say = print if _is_first() else _silent
         cuda = choose_device(cfg, args.num_gpus, say)
         registered = register_data(args, cfg.OUTPUT_DIR)
@@ -232,6 +231,8 @@ def run(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> int:
         if args.eval_only:
             evaluate(args, cfg)
         else:
+            if started_by_torchrun():
+                args.resume = resume_if_restarted(cfg.OUTPUT_DIR, args.resume)
             train(args, cfg, recipe)
     except (NonFiniteLossError, NotEnoughMemoryError, SampleError) as error:
         return complain(error)
@@ -258,6 +259,7 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
         return
     best = trainer.best
     best_text = f" (best {best.ap:.2f} after {best.iterations} iterations)" if best else ""
+    save_curves(Path(cfg.OUTPUT_DIR))
     places = _places(cfg, FINAL_WEIGHTS, *([BEST_WEIGHTS] if best else []))
     logger.info(f"done: {_ap_text(results)}{best_text}{augmented}. {places}")
 
@@ -344,7 +346,7 @@ def _places(cfg: CfgNode, *weights: str) -> str:
     """Where to find what the job wrote."""
     folder = cfg.OUTPUT_DIR
     parts = [f"weights {', '.join(f'{folder}/{name}.pth' for name in weights)}"] if weights else []
-    parts += [f"metrics {folder}/metrics.json"] if weights else []
+    parts += [f"metrics {folder}/metrics.json, curves {folder}/curves.png"] if weights else []
     parts += [f"detections {folder}/inference"]
     if cfg.TEST.NUM_PICTURES > 0:
         parts.append(f"pictures {folder}/pictures")

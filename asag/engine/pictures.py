@@ -58,6 +58,16 @@ def save_pictures(cfg: CfgNode, model: nn.Module, dataset_name: str, folder: Pat
     return written
 
 
+def save_curves(folder: Path) -> None:
+    """Draws the `metrics.json` of a folder as `curves.png`, if the drawing packages are there."""
+    try:
+        from ..visualization.curves import plot_curves
+    except ImportError as error:
+        logger.warning(f"no curves: {error}; pip install asag[visual]")
+        return
+    plot_curves(folder / "metrics.json", folder / "curves.png")
+
+
 def spread(count: int, wanted: int) -> Sequence[int]:
     """At most `wanted` distinct indices below `count`, evenly spread, the first included."""
     wanted = min(wanted, count)

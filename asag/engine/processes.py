@@ -13,6 +13,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
+from .restarts import fresh_store
+
 # A process that waits this long for another one gives up. One that has died is noticed at once; the
 # others may still be silent, as long as the first evaluates or a file system is stuck.
 TIMEOUT = timedelta(minutes=30)
@@ -115,9 +117,10 @@ def _run_in_group(
 ) -> int:
     if cuda:
         torch.cuda.set_device(place.local_rank)
+    store, _, _ = next(dist.rendezvous(dist_url, place.rank, place.world_size, timeout=TIMEOUT))
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=dist_url,
+        store=fresh_store(store, place.rank, place.world_size, TIMEOUT),
         rank=place.rank,
         world_size=place.world_size,
         timeout=TIMEOUT,

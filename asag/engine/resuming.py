@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
 from .checkpointer import AtomicCheckpointer
@@ -27,10 +29,12 @@ class ResumableTrainer(DefaultTrainer):
     """The part of `Trainer` that writes checkpoints and goes on from them.
 
     A resumed run equals an uninterrupted one: checkpoints hold optimiser, schedule, loss scale,
-    averaged weights ("ema" beside "model") and the random state of every process.
+    averaged weights ("ema" beside "model") and the random state of every process. Where SOLVER.*
+    was changed in between, the new values hold.
     """
 
     cfg: CfgNode
+    scheduler: Any
     checkpointer: AtomicCheckpointer
     seed: int
     class_names: list[str]
@@ -80,15 +84,18 @@ class ResumableTrainer(DefaultTrainer):
                 f"the checkpoint lacks {', '.join(sorted(missing))}: it was not written by this "
                 "trainer. Pass it as MODEL.WEIGHTS, without --resume, to start from its weights."
             )
+        configured = [dict(group) for group in self.optimizer.param_groups]
         TrainerBase.load_state_dict(self, state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._keep_configured(configured)
         self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.seed = state_dict["seed"]
         self._rng_states = state_dict["rng"]
         if len(self._rng_states) != comm.get_world_size():
             logger.warning(
                 f"the checkpoint was written by {len(self._rng_states)} process(es), now there are "
-                f"{comm.get_world_size()}: random numbers (dropout) go on differently"
+                f"{comm.get_world_size()}: random numbers (dropout) go on differently, and images "
+                "may share a batch with others; schedule and images of a step stay"
             )
             self._rng_states = []
         if self.ema is not None:
@@ -96,6 +103,19 @@ class ResumableTrainer(DefaultTrainer):
             self.ema.updates = state_dict.get("ema_updates", 0)
         for line in changed_keys(CfgNode.load_cfg(state_dict["config"]), self.cfg):
             logger.warning(f"changed since the checkpoint: {line}")
+
+    def _keep_configured(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Puts rates, decay and the like of the configuration into the optimiser's groups, which
+        have just been overwritten by a checkpoint's; its schedule stands where the checkpoint's
+        did."""
+        for group, configured in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update({k: v for k, v in configured.items() if k not in ("params", "lr")})
+        if not isinstance(self.scheduler, LRMultiplier):
+            return  # one of a subclass's own choice knows by itself
+        self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        rates = self.scheduler.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = lr
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continues the run in OUTPUT_DIR, or starts from MODEL.WEIGHTS.

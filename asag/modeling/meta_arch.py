@@ -106,6 +106,11 @@ class SparseDetector(nn.Module):
         self.zero_padding = ZeroPadding(backbone) if exact_padding else None
         if channels_last:
             self.use_channels_last()
+        if activation_checkpointing and compile:
+            raise ValueError(
+                "MODEL.ACTIVATION_CHECKPOINTING and MODEL.COMPILE are both on; switch one of them "
+                "off (compiled parts choose by themselves what they compute again)"
+            )
         if activation_checkpointing:
             self.recompute_parts()
         if compile:

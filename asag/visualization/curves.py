@@ -1,4 +1,4 @@
-"""Learning curves from Detectron2's metrics.json: losses, accuracy, learning rate."""
+"""Learning curves from Detectron2's metrics.json: losses, accuracy, learning rate, gradients."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ STAGE_SUFFIX = re.compile(r"_\d+$")
 def plot_curves(
     metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike], output_png: PathLike
 ) -> None:
-    """Draws the total loss, its terms, the accuracy and the learning rate over the iterations.
+    """Draws the total loss, its terms, the accuracy, the learning rate, the gradient norm (before
+    clipping) and the seconds of a step over the iterations.
 
     A run has a colour of its own. The terms are those of the last stage (names without a stage
     number). Panels without data say so.
@@ -46,13 +47,16 @@ def plot_curves(
             message names the file and the line.
     """
     runs = {label: read_metrics(path) for label, path in _labelled(metrics).items()}
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    figure = Figure(figsize=(16, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    ((total, terms), (accuracy, rate)) = figure.subplots(2, 2)
-    _panel(total, "total loss", runs, _present(runs, ["total_loss"]), log=True)
+    ((total, terms, accuracy), (rate, norm, seconds)) = figure.subplots(2, 3)
+    losses = _present(runs, ["total_loss", "val_loss/total_loss"])
+    _panel(total, "total loss", runs, losses, log=True)
     _panel(terms, "loss terms of the last stage", runs, _loss_terms(runs), log=True)
     _panel(accuracy, "accuracy on the validation set", runs, _accuracies(runs))
     _panel(rate, "learning rate", runs, _present(runs, ["lr"]))
+    _panel(norm, "gradient norm", runs, _present(runs, ["grad_norm"]), log=True)
+    _panel(seconds, "seconds an iteration", runs, _present(runs, ["time", "data_time"]))
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     Path(output_png).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output_png, format="png", dpi=110)

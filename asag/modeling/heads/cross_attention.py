@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..layers.attention import merge_heads, split_heads
 from ..layers.boxes import at_least_float32
+from ..layers.exporting import is_exporting
 
 StageMemory = tuple[Tensor, ...]
 """What one stage reads of the memory: its keys and values, (B, L, C) each."""
@@ -95,10 +96,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
 
     The CPU's fused kernel insists on equal widths. Zeros beside the values cost less there than the
     (B, H, N, L) weights that torch would write out otherwise. A trace, which is what operations are
-    counted on, shows the attention as other devices compute it.
+    counted on, and an export show the attention as other devices compute it.
     """
     width = v.shape[-1]
-    if q.device.type == "cpu" and width < q.shape[-1] and not torch.jit.is_tracing():
+    recorded = torch.jit.is_tracing() or is_exporting()
+    if q.device.type == "cpu" and width < q.shape[-1] and not recorded:
         v = F.pad(v, (0, q.shape[-1] - width))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)[..., :width]
 

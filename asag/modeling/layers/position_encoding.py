@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...structures import ImageSizes
 from .boxes import at_least_float32
+from .exporting import is_exporting
 
 TEMPERATURE = 10000.0
 # Divides by the extent of the valid cells; without it a row of padding would divide by zero.
@@ -66,6 +67,8 @@ def valid_cells(
             resize of the pixel mask would take, as the authors of DETR do; the two differ where the
             padded size is no multiple of the stride.
     """
+    if not sizes.any_padding:
+        return [tuple(feature_hw)] * len(sizes)
     if stride is not None:
         return [
             tuple(min(-(-side // stride), n) for side, n in zip(hw, feature_hw, strict=True))
@@ -122,6 +125,8 @@ class FeaturePositions:
         options = (self.dim, features.dtype, features.device)
         cells = tuple(valid_cells(sizes, hw, self.stride)) if sizes.any_padding else ()
         if all(cell == hw for cell in cells):
+            if is_exporting():  # nothing to keep
+                return embed_cells(cell_mask([hw], hw, features.device), *options[:2]), None
             return _unpadded(hw, *options), None
         return _padded(cells, hw, *options)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from .boxes import at_least_float32, box_area
+from .exporting import is_exporting
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 
@@ -113,11 +114,14 @@ class PyramidRoIAlign(nn.Module):
 
         Args:
             features: one (B, C, H_l, W_l) map a level.
-            method: "kernel", "gather", or None: by device.
+            method: "kernel", "gather", or None: by device, and "kernel" for export, where it is an
+                operator of its own.
         """
         # RoIAlign works in at least float32; converted once, however many stages read it.
         maps = [at_least_float32(x) for x in features]
-        method = method or ("gather" if maps[0].device.type == "cpu" else "kernel")
+        if method is None:
+            on_cpu = maps[0].device.type == "cpu" and not is_exporting()
+            method = "gather" if on_cpu else "kernel"
         return maps if method == "kernel" else FlatPyramid.from_maps(maps)
 
     def forward(self, features: Sequence[Tensor] | FlatPyramid, boxes_xyxy: Tensor) -> Tensor:

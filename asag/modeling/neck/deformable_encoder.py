@@ -151,7 +151,7 @@ class DeformableEncoder(nn.Module):
             for conv, norm, x in zip(self.project, self.norms, [*maps, maps[-1]], strict=True)
         ]
         positions = [
-            self.positions[i](x, sizes)[0].expand(len(x), -1, -1) + self.level_embedding[i]
+            self.positions[i](x, sizes)[0].expand(x.shape[0], -1, -1) + self.level_embedding[i]
             for i, x in enumerate(maps)
         ]
         position = torch.cat(positions, dim=1)

@@ -185,7 +185,7 @@ class DynamicProposals(nn.Module):
         if self.training:
             self._anneal()
         scores = self.weigh(self.describe([features[f] for f in self.in_features]))
-        scores = scores.float().view(len(scores), self.num_experts, -1)
+        scores = scores.float().view(scores.shape[0], self.num_experts, -1)
         return (scores / self.temperature).softmax(dim=1)
 
     @torch.no_grad()

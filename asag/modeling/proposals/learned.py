@@ -89,7 +89,7 @@ class LearnedProposals(nn.Module):
         Returns:
             Queries (B, N) and no losses.
         """
-        batch, count = len(sizes), len(self.features)
+        batch, count = sizes.whwh.shape[0], len(self.features)
         boxes_xyxy = cxcywh_to_xyxy(self.boxes_cxcywh) * sizes.whwh[:, None]  # (B, N, 4)
         return (
             Queries(

@@ -76,7 +76,7 @@ class ObjectQueries(nn.Module):
             Queries (B, N) whose position (1, N, C) and points_xy (1, N, 2) all images share, and no
             losses.
         """
-        batch, shape = len(sizes), self.embedding.shape
+        batch, shape = sizes.whwh.shape[0], self.embedding.shape
         points = self.point_coordinates()
         queries = Queries(
             content=self.embedding.new_zeros(batch, *shape),

@@ -292,7 +292,9 @@ def settle(leaving: Anchors, level: Anchors, rules: ProbingRules, first: bool) -
     best = level.scores.topk(min(rules.min_anchors, level.scores.shape[1]), dim=1).indices
     fallback = torch.zeros_like(level.valid).scatter(1, best, 1)
     enough = final.valid.sum(dim=1, keepdim=True) >= rules.min_anchors
-    return Anchors(final.boxes_cxcywh, final.scores, torch.where(enough, final.valid, fallback))
+    # In logic, not as a choice between masks: onnxruntime chooses between numbers only.
+    valid = (final.valid & enough) | (fallback & ~enough)
+    return Anchors(final.boxes_cxcywh, final.scores, valid)
 
 
 @torch.no_grad()

@@ -101,7 +101,7 @@ def crop_patches(features: Tensor, corner: Tensor, side: int) -> Tensor:
     cells = torch.arange(side, device=corner.device)
     columns = (corner[..., 0, None] + cells)[..., None, :]  # (B, P, 1, side)
     rows = (corner[..., 1, None] + cells)[..., None]  # (B, P, side, 1)
-    image = torch.arange(len(corner), device=corner.device).view(-1, 1, 1, 1)
+    image = torch.arange(corner.shape[0], device=corner.device).view(-1, 1, 1, 1)
     return features.permute(0, 2, 3, 1)[image, rows, columns].flatten(2, 3)
 
 

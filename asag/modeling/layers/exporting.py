@@ -1,0 +1,12 @@
+"""What a room asks where the best way to compute differs between running and being exported."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` is recording: tensors then hold no numbers, nothing may be kept for
+    later calls, and the device that will run the graph is not the one at hand."""
+    asked = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return asked is not None and asked()
