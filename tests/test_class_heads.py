@@ -22,7 +22,7 @@ from asag.checkpoint import DETR, SPARSE_RCNN
 from asag.checkpoint.class_heads import ClassTransfer, adopt_classes, class_heads, coco_row_names
 from asag.checkpoint.loading import PublishedCheckpointer
 from asag.checkpoint.report import BATCH_COUNTER, part_of
-from asag.engine.launch import main
+from asag.engine import launch
 from asag.engine.trainer import Trainer
 from asag.modeling.layers.init import prior_bias
 
@@ -331,8 +331,12 @@ class TestReport:
         assert part_of("weight") == "weight"
 
 
-def test_fine_tuning_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fine_tuning_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Weights of three classes, data of two, one of them among the three."""
+    monkeypatch.setattr(launch, "setup_logger", lambda *_, **__: None)  # caplog listens instead
+    caplog.set_level(logging.INFO)
     data = write_coco_folder(tmp_path / "data")
     trained = build_model(tiny_cfg(tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=3))
     names = ["moon", "star", "Circle"]
@@ -348,20 +352,19 @@ def test_fine_tuning_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Trainer, "resume_or_load", load_between)
     options = tiny_options(tmp_path / "out", MODEL__WEIGHTS=tmp_path / "x.pth", SOLVER__MAX_ITER=2)
     argv = ["--config-file", str(CONFIG), "--data", str(data), *options]
-    assert main(argv) == 0
+    assert launch.main(argv) == 0
     before, after = states
     heads = class_heads(after)
     assert len(heads) == 4
     for head in heads:
         assert torch.equal(after[head][0], trained.state_dict()[head][2])
         assert torch.equal(after[head][1], before[head][1])
-    log = (tmp_path / "out/log.txt").read_text()
-    assert "in these, rows of 1 class(es) start fresh; nothing else fresh" in log
-    assert "1 of 2 classes of the data are known to the weights" in log
+    assert "in these, rows of 1 class(es) start fresh; nothing else fresh" in caplog.text
+    assert "1 of 2 classes of the data are known to the weights" in caplog.text
     saved = torch.load(tmp_path / "out/model_final.pth", weights_only=True)
     assert saved["class_names"] == ["circle", "square"]
 
     states.clear()
-    assert main(["--resume", *argv, "SOLVER.MAX_ITER", "3"]) == 0
+    assert launch.main(["--resume", *argv, "SOLVER.MAX_ITER", "3"]) == 0
     assert all(torch.equal(states[1][k], v) for k, v in saved["model"].items())
-    assert (tmp_path / "out/log.txt").read_text().count("classes of the data are known") == 1
+    assert caplog.text.count("classes of the data are known") == 1
