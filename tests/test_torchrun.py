@@ -102,8 +102,10 @@ def test_restart_goes_on_and_losses_equal_those_of_one_process(data, tmp_path):
     expected = dict(read_losses(one))
     found = read_losses(two)
     assert set(dict(found)) == set(expected) == set(range(STEPS))
-    ratios = [loss / expected[iteration] for iteration, loss in found]
-    np.testing.assert_allclose(ratios, 1, rtol=1e-4)  # sums over images in another order
+    # Sums over images in another order: rounding at first, which grows from step to step.
+    early = [loss / expected[iteration] for iteration, loss in found if iteration < 10]
+    np.testing.assert_allclose(early, 1, rtol=1e-5)
+    np.testing.assert_allclose([x / expected[i] for i, x in found], 1, rtol=1e-2)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "train_net"])
