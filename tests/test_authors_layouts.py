@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _ENTRY = re.compile(r"(?P<name>[\w.]+)\s+[\[(](?P<shape>[\d, ]*)[\])]")
 COLUMNS = ["MODEL.ROI_HEADS.NUM_CLASSES", "91"]
 CASES = {
-    "ASAG-A": ("authors-asag", "configs/ASAG/asag_a_r50_100_1x.yaml", []),
-    "ASAG-S": ("authors-asag", "configs/ASAG/asag_s_r50_100_1x.yaml", []),
+    "ASAG-A": ("authors-asag-a", "configs/ASAG/asag_a_r50_100_1x.yaml", []),
+    "ASAG-S": ("authors-asag-s", "configs/ASAG/asag_s_r50_100_1x.yaml", []),
     "Conditional DETR": (
         "authors-conditional-detr",
         "configs/ConditionalDETR/conditional_detr_r50_50ep.yaml",
@@ -40,7 +40,8 @@ CASES = {
 }
 TOTALS = {"ASAG-A": 498, "ASAG-S": 510, "Conditional DETR": 564, "DETR": 458}
 LISTINGS = {
-    "authors-asag": "asag_state_dict.txt",
+    "authors-asag-a": "asag_state_dict.txt",
+    "authors-asag-s": "asag_state_dict.txt",
     "authors-conditional-detr": "conditional_detr_state_dict.txt",
     "authors-detr": "conditional_detr_state_dict.txt",
     "authors-sparse-rcnn": "sparse_rcnn_state_dict.txt",
@@ -86,7 +87,7 @@ def contract(case: str, folder: Path) -> Shapes:
     }[case]
     starts = {m: next(i for i, x in enumerate(lines) if x.startswith(m)) for m in marks if m}
     listed = entries(lines[starts[marks[0]] : starts[marks[1]] if marks[1] else None])
-    if layout == "authors-asag":
+    if layout.startswith("authors-asag"):
         shared = next(i for i, x in enumerate(lines) if x.startswith("## Shared"))
         end = next(i for i, x in enumerate(lines) if x.startswith("## ASAG-A"))
         listed |= entries(lines[shared:end])

@@ -120,7 +120,6 @@ def test_all_processes_stop_early(two):
 def test_run_of_one_process_goes_on_in_two(two, whole):
     for rank in ranks(two):
         assert any("written by 1 process(es), now there are 2" in x for x in rank["messages"])
-        assert any("resumed at iteration 2 of 4" in x for x in rank["messages"])
         np.testing.assert_allclose(rank["resumed"], losses(whole)[2:], rtol=1e-4)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .mapping import NameTable
-from .resnet import torchvision_rules
+from .resnet import Rules, torchvision_rules
 
 GENERATOR, BLOCK = "proposal_generator.generator.network.", "proposal_generator.block."
 OURS = "roi_heads.stages.{k}."
@@ -98,20 +98,26 @@ DYNAMIC_RULES = (
     (f"{DYNAMIC}bboxes_delta.", f"{OURS}box_deltas."),
 )
 
-ASAG = NameTable(
-    source="the ASAG release",
-    # How far the warm-up has come; weights without it count as past it.
-    ours_only=("proposal_generator.steps",),
-    rules=(
-        *torchvision_rules("backbone.0.body.", "backbone.bottom_up."),
-        *NECK_RULES,
-        *GENERATOR_RULES,
-        *BLOCK_RULES,
-        ("decoder.decoder_embedding.weight", "roi_heads.embedding"),
-        *MIXER_RULES,
-        *DYNAMIC_RULES,
-    ),
-)
+
+def _table(decoder: str, rules: Rules) -> NameTable:
+    return NameTable(
+        source=f"the ASAG release, decoder {decoder}",
+        rules=(
+            *torchvision_rules("backbone.0.body.", "backbone.bottom_up."),
+            *NECK_RULES,
+            *GENERATOR_RULES,
+            *BLOCK_RULES,
+            ("decoder.decoder_embedding.weight", "roi_heads.embedding"),
+            *rules,
+        ),
+        # How far the warm-up has come; weights without it count as past it.
+        ours_only=("proposal_generator.steps",),
+    )
+
+
+# A table a decoder: a norm of ours has the same name in both, and another one in either of theirs.
+ASAG_A = _table("A", MIXER_RULES)
+ASAG_S = _table("S", DYNAMIC_RULES)
 
 
 def keep_copy(state: Mapping[str, Tensor], copy: int) -> dict[str, Tensor]:

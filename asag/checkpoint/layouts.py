@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from .asag import ASAG
+from .asag import ASAG_A, ASAG_S
 from .conditional_detr import CONDITIONAL_DETR
 from .detr import DETR
 from .iou_sparse_rcnn import IOU_SPARSE_RCNN
@@ -30,7 +30,8 @@ LAYOUTS: dict[str, NameTable | PackedTable] = {
     "authors-iou-sparse-rcnn": IOU_SPARSE_RCNN,
     "authors-detr": DETR,
     "authors-conditional-detr": CONDITIONAL_DETR,
-    "authors-asag": ASAG,
+    "authors-asag-a": ASAG_A,
+    "authors-asag-s": ASAG_S,
     f"{TRANSFORMERS}detr": TRANSFORMERS_DETR,
     f"{TRANSFORMERS}detr-resnet": TRANSFORMERS_DETR_RESNET,
     f"{TRANSFORMERS}conditional-detr": TRANSFORMERS_CONDITIONAL_DETR,

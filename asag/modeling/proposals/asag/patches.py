@@ -7,11 +7,14 @@ that a patch is cut from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...layers.boxes import box_iou
+from ...layers.exporting import is_exporting
 
 _PICKS_BETWEEN_LOOKS = 16
 
@@ -44,7 +47,10 @@ def greedy_nms(
     """
     if static and limit is None:
         raise ValueError("static suppression needs a limit of picks")
+    if static and _OPERATOR is not None and torch.compiler.is_compiling() and not is_exporting():
+        return _OPERATOR(boxes_xyxy, scores, candidates, iou_threshold, limit)
     left = scores.masked_fill(~candidates, -torch.inf)
+    suppresses = _suppression(boxes_xyxy, iou_threshold, all_pairs=static)
     indices, taken = [], []
     while limit is None or len(indices) < limit:
         look = not static and len(indices) % _PICKS_BETWEEN_LOOKS == 0
@@ -53,9 +59,7 @@ def greedy_nms(
         best, index = left.max(dim=1, keepdim=True)  # (B, 1)
         indices.append(index)
         taken.append(best > -torch.inf)
-        chosen = boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
-        left = left.masked_fill(box_iou(boxes_xyxy, chosen) > iou_threshold, -torch.inf)
-        left = left.scatter(1, index, -torch.inf)  # an empty box does not overlap itself
+        left = left.masked_fill(suppresses(index), -torch.inf)
     if not indices:
         empty = scores.new_zeros(len(scores), 0)
         return empty.long(), empty.bool()
@@ -64,6 +68,58 @@ def greedy_nms(
         width = int(valid.sum(dim=1).max())
         index, valid = index[:, :width], valid[:, :width]
     return index, valid
+
+
+def _static_nms(
+    boxes_xyxy: Tensor, scores: Tensor, candidates: Tensor, iou_threshold: float, limit: int
+) -> tuple[Tensor, Tensor]:
+    return greedy_nms(
+        boxes_xyxy, scores, candidates, iou_threshold=iou_threshold, limit=limit, static=True
+    )
+
+
+def _static_nms_shapes(
+    boxes_xyxy: Tensor, scores: Tensor, candidates: Tensor, iou_threshold: float, limit: int
+) -> tuple[Tensor, Tensor]:
+    index = scores.new_empty((scores.shape[0], limit), dtype=torch.long)
+    return index, torch.empty_like(index, dtype=torch.bool)
+
+
+def _nms_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Static suppression as one operator, for the compiler: it would write out every round, and
+    take minutes for what is a few kernels a round anyway. None before torch 2.4."""
+    if not hasattr(torch.library, "custom_op"):
+        return None
+    operator = torch.library.custom_op("asag::greedy_nms", _static_nms, mutates_args=())
+    operator.register_fake(_static_nms_shapes)
+    return operator
+
+
+_OPERATOR = _nms_operator()
+
+
+def _suppression(
+    boxes_xyxy: Tensor, iou_threshold: float, all_pairs: bool
+) -> Callable[[Tensor], Tensor]:
+    """A function from picks (B, 1) to (B, A) bool, what they suppress: themselves and all that they
+    overlap by more than the threshold.
+
+    All pairs at once cost memory and leave a lookup to each pick; that pays where the number of
+    picks is fixed, and an exported graph holds every one of them.
+    """
+    count = boxes_xyxy.shape[1]
+    # An empty box does not overlap itself.
+    itself = torch.eye(count, dtype=torch.bool, device=boxes_xyxy.device)
+    if not all_pairs:
+
+        def one_row(pick: Tensor) -> Tensor:
+            chosen = boxes_xyxy.gather(1, pick[..., None].expand(-1, -1, 4))
+            return (box_iou(boxes_xyxy, chosen) > iou_threshold) | itself[pick[:, 0]]
+
+        return one_row
+    pairs = box_iou(boxes_xyxy[:, :, None], boxes_xyxy[:, None]) > iou_threshold
+    pairs = pairs | itself  # (B, A, A)
+    return lambda pick: pairs.gather(1, pick[..., None].expand(-1, -1, count))[:, 0]
 
 
 def map_cells(whwh: Tensor, stride: int) -> Tensor:
