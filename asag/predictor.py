@@ -128,7 +128,7 @@ class Predictor:
         It touches neither model nor device, and may run in other threads while the model works.
 
         Raises:
-            ValueError: not an (H, W, 3) uint8 array, or too narrow to be resized.
+            ValueError: not an (H, W, 3) uint8 array, or an empty one.
         """
         if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8:
             raise ValueError(
@@ -136,11 +136,10 @@ class Predictor:
                 f"got {image_rgb.shape} {image_rgb.dtype}"
             )
         height, width = image_rgb.shape[:2]
+        if not height or not width:
+            raise ValueError(f"a picture of no pixels: {width} x {height}")
         augmented = T.AugInput(image_rgb)
-        try:
-            self.augmentations(augmented)
-        except Exception as error:  # Pillow and NumPy each have an own one for sides of 0 pixels
-            raise ValueError(f"cannot resize {width} x {height} pixels: {error}") from error
+        self.augmentations(augmented)
         image = augmented.image
         if self.image_format == "BGR":
             image = image[:, :, ::-1]

@@ -156,10 +156,13 @@ class TestPredictor:
         with pytest.raises(ValueError, match=r"picture 1: expected an \(H, W, 3\) uint8"):
             Predictor(Spy(), class_names=NAMES)([picture(), image])
 
-    def test_refuses_pictures_too_narrow_to_resize(self, weights):
+    def test_narrow_pictures_keep_a_pixel_and_empty_ones_are_refused(self, weights):
         predictor = Predictor.from_config(tiny_config("MODEL.WEIGHTS", str(weights)))
-        with pytest.raises(ValueError, match="cannot resize 4000 x 1 pixels"):
-            predictor.prepare(np.zeros((1, 4000, 3), np.uint8))
+        prepared = predictor.prepare(np.zeros((1, 4000, 3), np.uint8))
+        assert prepared["image"].shape[1] == 1 and prepared["width"] == 4000
+        for shape in [(0, 40, 3), (40, 0, 3)]:
+            with pytest.raises(ValueError, match="of no pixels"):
+                predictor.prepare(np.zeros(shape, np.uint8))
 
     @pytest.mark.parametrize(
         ("option", "message"),
@@ -331,9 +334,10 @@ class TestPictures:
         Image.new("RGB", (4000, 1)).save("line.png")
         status, out, error = run("junk.jpg", "cut.png", "line.png", "good.png", "absent.png")
         assert status == 0
-        for name in ("junk.jpg", "cut.png", "line.png", "absent.png"):
+        for name in ("junk.jpg", "cut.png", "absent.png"):
             assert f"skipped: {name}" in error
-        assert "1 picture in" in out and "4 inputs skipped" in out
+        assert "line.png" not in error  # narrow, and yet a picture
+        assert "2 pictures in" in out and "3 inputs skipped" in out
 
     def test_status_1_when_nothing_can_be_read(self, run):
         Path("junk.jpg").write_bytes(b"junk")
