@@ -68,7 +68,6 @@ def test_frozen_part_is_named(tmp_path, word, part, start):
     if part == "box":  # proposals are boxes that learn, too
         model.proposal_generator.boxes_cxcywh.requires_grad_(False)
     result = check_overfit(cfg, model, samples, steps=60)
-    print(result.report())
     assert not result.passed
     assert parts(result)[0] == part
     assert f"\n  {part}: " in result.report() and "FAILED" in result.report()
@@ -161,5 +160,4 @@ def test_command_line(tmp_path, monkeypatch, capsys):
         assert "3 images with" in printed and "learning rate 0.004" in printed
         assert ("overfit check passed" in printed) == (code == 0)
         assert ("overfit check FAILED" in printed) == (code == 1)
-        print(printed)
     assert not list(scratch.iterdir()) and [x.name for x in Path(tmp_path).iterdir()] == ["scratch"]
