@@ -190,6 +190,19 @@ def test_gradient(tmp_path, spoil_losses):
     assert "first in the backward pass: roi_heads" in "\n".join(report(state, found))
 
 
+def test_boxes_too_large_to_have_an_area(tmp_path):
+    """Nothing is NaN yet; the replay says why the step is bad all the same."""
+    trainer = new_trainer(tmp_path)
+    torch.nn.init.constant_(trainer.model.roi_heads.stages[-1].box_deltas.bias, 1e17)
+    with pytest.raises(NonFiniteLossError, match="in the predicted boxes"):
+        trainer.train()
+    state = load_step(only_file(tmp_path))
+    found = replay(state)
+    assert found.reproduced and found.forward is None
+    lines = report(state, found)
+    assert "boxes are beyond 1e+15 pixels" in lines[-1] and "SOLVER.BASE_LR" in lines[-1]
+
+
 @pytest.mark.parametrize("norm", ["GN", "BN"])
 def test_learning_rate(tmp_path, norm):
     changes = {"SOLVER__OPTIMIZER": "SGD", "SOLVER__BASE_LR": 1e18, "SOLVER__ACCUMULATE_STEPS": 2}

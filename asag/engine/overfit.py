@@ -84,8 +84,8 @@ class OverfitResult:
             for name, value in self.first.items()
         ]
         lines.append(
-            "  (where losses were still falling, more steps or a higher SOLVER.BASE_LR may do: "
-            "--overfit-check STEPS)"
+            "  (where losses were still falling, more steps may do, --overfit-steps N, or a higher "
+            "SOLVER.BASE_LR)"
         )
         return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from .loss_log import file_names
 from .non_finite import (
     BOXES,
     GRAD_NORM,
+    LARGEST_BOX,
     LOGITS,
     PredictionWatch,
     bad_inputs,
@@ -162,6 +163,11 @@ def report(state: Mapping[str, Any], found: Replay) -> list[str]:
         lines.append(f"first in the backward pass: {phrase}")
     elif found.parameters and found.forward is None:
         lines.append("first in the backward pass: behind the last module, in the losses")
+    if found.forward is None and found.values.get(BOXES):
+        lines.append(
+            f"no module gave NaN or infinity: boxes are beyond {LARGEST_BOX:.0e} pixels, where "
+            "areas end; the weights grew too fast, lower SOLVER.BASE_LR"
+        )
     return lines
 
 
