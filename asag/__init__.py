@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
-from . import data, modeling
-from .config import add_asag_config, get_asag_cfg
-from .config_loading import load_config
+with warnings.catch_warnings():
+    # fvcore scripts its losses when it is imported; torch's advice is for its authors.
+    warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
+
+    from . import data, modeling
+    from .config import add_asag_config, get_asag_cfg
+    from .config_loading import load_config
 
 if TYPE_CHECKING:
     from . import model_zoo

@@ -14,11 +14,10 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from detectron2.structures import Instances
 from PIL import Image
 
 from asag import load_config, model_zoo
@@ -35,6 +34,9 @@ from asag.visualization.media import (
     find_media,
 )
 from asag.visualization.record import DetectionRecord
+
+if TYPE_CHECKING:
+    from detectron2.structures import Instances
 
 T = TypeVar("T")
 U = TypeVar("U")

@@ -88,7 +88,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "DynamicSparseRCNN": ("DynamicSparseRCNN/dynamic_sparse_rcnn_tiny.yaml", OVERLAPPING, 2),
     "DETR": ("DETR/detr_tiny.yaml", STAGES, None),
     "ConditionalDETR": ("ConditionalDETR/conditional_detr_tiny.yaml", STAGES, 2),
-    "ASAG-S": ("ASAG/asag_tiny.yaml", FIXED | STAGES, None),
+    "ASAG-S": ("ASAG/asag_tiny.yaml", FIXED, None),
     "ASAG-A": ("ASAG/asag_a_r50_100_1x.yaml", FIXED | FPN, 2),
     "ASAG-D": ("ASAG/asag_d_r50_100_3x.yaml", FIXED | PLAIN, 2),
 }

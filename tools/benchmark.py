@@ -4,6 +4,7 @@
     python tools/benchmark.py configs/SparseRCNN/sparse_rcnn_tiny.yaml --size 128x160
     python tools/benchmark.py A.yaml B.yaml --device cuda --batch 16 --amp bfloat16 --json out.json
     python tools/benchmark.py A.yaml A.yaml@MODEL.CHANNELS_LAST=True   # one option against another
+    python tools/benchmark.py --profile A.yaml    # where a real training step spends its time
 
 The arms take turns (A B A B ...), so that a machine that warms up or is shared treats them alike.
 Images are random, weights are as initialised and training updates them by the configured recipe.
@@ -18,6 +19,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
 from analyze import image_size  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
@@ -38,6 +41,12 @@ from asag.engine.profiling import (  # noqa: E402
     saved_bytes,
 )
 from asag.engine.step import AMP_DTYPES, TrainStep, build_clipper  # noqa: E402
+from asag.engine.step_profile import (  # noqa: E402
+    THRESHOLDS,
+    hints,
+    profile_steps,
+)
+from asag.engine.step_profile import render as render_profile  # noqa: E402
 from asag.modeling.deploy import fold_batch_norms  # noqa: E402
 
 MODES = ("inference", "training")
@@ -52,11 +61,7 @@ class Arm:
             spec: path of a yaml file, then any number of "@KEY=VALUE".
             args: of the command line.
         """
-        path, *own = spec.split("@")
-        options = [word for pair in own for word in pair.split("=", 1)]
-        flags = {"MODEL.CHANNELS_LAST": args.channels_last, "MODEL.COMPILE": args.compile}
-        common = [word for key, on in flags.items() if on for word in (key, "True")]
-        cfg = load_config(path, [*common, *args.opts, *options, "MODEL.DEVICE", args.device])
+        cfg = arm_config(spec, args)
         torch.manual_seed(args.seed)  # equal models start equal
         self.name = spec
         self.amp = AMP_DTYPES.get(args.amp)
@@ -123,6 +128,15 @@ class Arm:
         return result
 
 
+def arm_config(spec: str, args: argparse.Namespace) -> CfgNode:
+    """The configuration of "FILE@KEY=VALUE...", with the options of the command line."""
+    path, *own = spec.split("@")
+    options = [word for pair in own for word in pair.split("=", 1)]
+    flags = {"MODEL.CHANNELS_LAST": args.channels_last, "MODEL.COMPILE": args.compile}
+    common = [word for key, on in flags.items() if on for word in (key, "True")]
+    return load_config(path, [*common, *args.opts, *options, "MODEL.DEVICE", args.device])
+
+
 def random_batch(
     batch: int, size: tuple[int, int], objects: int, classes: int, device: str
 ) -> list[dict[str, Any]]:
@@ -153,6 +167,44 @@ def measure_arms(
             for arm in arms:
                 arm.measure(mode)
     return [arm.report(modes) for arm in arms]
+
+
+def profile(spec: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Profiles training steps of one configuration and prints what came out.
+
+    Returns:
+        All figures as plain numbers, and the hints.
+
+    Raises:
+        ValueError: a configuration that cannot work; the message names the key.
+    """
+    cfg = arm_config(spec, args)
+    cfg.defrost()
+    if args.batch:
+        cfg.SOLVER.IMS_PER_BATCH = args.batch
+    if args.amp:
+        cfg.SOLVER.AMP.ENABLED = args.amp in AMP_DTYPES
+        cfg.SOLVER.AMP.DTYPE = args.amp if args.amp in AMP_DTYPES else cfg.SOLVER.AMP.DTYPE
+    batches = None
+    if args.size:
+        classes, batch = cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.SOLVER.IMS_PER_BATCH
+        batches = [random_batch(batch, args.size, args.objects, classes, args.device)]
+    found = profile_steps(cfg, steps=args.iterations, warmup=args.warmup, batches=batches)
+    workers = f"DATALOADER.NUM_WORKERS {cfg.DATALOADER.NUM_WORKERS}"
+    source = "random" if batches else f"of {', '.join(cfg.DATASETS.TRAIN)}; {workers}"
+    print(
+        f"{spec}: {args.iterations} training steps of {found.images} images ({source}), "
+        f"{found.cores} core(s)"
+    )
+    print(render_profile(found, cfg) + "\n")
+    return {
+        "config": spec,
+        **asdict(found),
+        "total_ms": found.total_ms,
+        "shares": {phase: found.share(phase) for phase in found.phase_ms},
+        "images_per_second": found.images_per_second,
+        "hints": hints(found, cfg),
+    }
 
 
 def percentile_95(values: Sequence[float]) -> float:
@@ -203,18 +255,30 @@ def _row(name: str, values: Sequence[float | None], style: str = ".2f") -> str:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=f"--profile: {THRESHOLDS}."
+    )
     add = parser.add_argument
     add("configs", nargs="+", metavar="CONFIG[@KEY=VALUE...]", help="arms of the comparison")
     add("--mode", choices=(*MODES, "both"), default="both")
-    add("--batch", type=positive, default=2, help="images (default 2)")
-    add("--size", type=image_size, default=(800, 1216), metavar="HxW", help="default 800x1216")
+    add(
+        "--profile",
+        action="store_true",
+        help="train for --iterations steps as configured, data loader included (random images only "
+        "with --size), and say where the time goes and what to change",
+    )
+    add("--batch", type=positive, help="images (default 2; --profile: SOLVER.IMS_PER_BATCH)")
+    add("--size", type=image_size, metavar="HxW", help="default 800x1216; --profile: the data's")
     add("--objects", type=int, default=7, help="ground truths of an image (default 7)")
     add("--iterations", type=positive, default=20, help="timed runs of an arm (default 20)")
     add("--warmup", type=positive, default=3, help="runs before (default 3)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--threads", type=positive, help="CPU threads")
-    add("--amp", choices=("float32", *AMP_DTYPES), default="float32", help="number format")
+    add(
+        "--amp",
+        choices=("float32", *AMP_DTYPES),
+        help="number format (default float32; --profile: SOLVER.AMP)",
+    )
     add("--tf32", action="store_true", help="allow TF32 products (CUDA)")
     add("--channels-last", action="store_true", help="MODEL.CHANNELS_LAST for all arms")
     add("--fold-norms", action="store_true", help="into convolutions, for --mode inference")
@@ -248,6 +312,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("there is no CUDA device here; use --device cpu")
         if args.fold_norms and args.mode != "inference":
             raise ValueError("--fold-norms is for inference; add --mode inference")
+        if args.profile:
+            profiles = [profile(spec, args) for spec in args.configs]
+            write_json(args, {"device": device_name(args.device), "profiles": profiles})
+            return 0
+        args.batch, args.size = args.batch or 2, args.size or (800, 1216)
+        args.amp = args.amp or "float32"
         arms = [Arm(spec, args) for spec in args.configs]
     except (OSError, KeyError, ValueError) as error:
         print(f"benchmark: {error.args[0] if len(error.args) == 1 else error}", file=sys.stderr)
@@ -263,9 +333,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     reports = measure_arms(arms, modes, args.warmup, args.iterations)
     print(render(settings, reports))
-    if args.json:
-        Path(args.json).write_text(json.dumps({"settings": settings, "arms": reports}, indent=2))
+    write_json(args, {"settings": settings, "arms": reports})
     return 0
+
+
+def write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Into the file of --json, if there is one."""
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2))
 
 
 def device_name(device: str) -> str:

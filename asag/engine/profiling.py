@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOMS = ("backbone", "neck", "proposal_generator", "roi_heads", "matcher", "criterion")
 """Modules of a detector that are timed, as far as it has them."""
-OTHER, BACKWARD, OPTIMIZER = "other", "backward", "optimizer"
+OTHER, DATA, BACKWARD, OPTIMIZER = "other", "data", "backward", "optimizer"
 
 
 class PhaseTimer:
@@ -27,6 +28,7 @@ class PhaseTimer:
     Each room that the model has is a phase; a room called within another counts for itself only.
     After a training forward comes "backward", and "optimizer" from gradient clipping (wrapped with
     `as_optimizer`) or the update on; everything else, such as pre- and postprocessing, is "other".
+    Who times more than that, such as the wait for a batch, says so with `turn_to`.
 
     On CUDA the marks are events in the stream, read after the step: timing adds no waiting, and a
     phase includes the time in which the device was idle for want of work. Use as a context manager:
@@ -49,6 +51,7 @@ class PhaseTimer:
             if isinstance(room, nn.Module):
                 self._handles.append(room.register_forward_pre_hook(self._enter(name)))
                 self._handles.append(room.register_forward_hook(self._leave))
+        self._handles.append(self.model.register_forward_pre_hook(self._forward_begins))
         self._handles.append(self.model.register_forward_hook(self._forward_done))
         if self.optimizer is not None:
             self._handles.append(self.optimizer.register_step_pre_hook(self._update_begins))
@@ -70,7 +73,7 @@ class PhaseTimer:
         if self.cuda:
             torch.cuda.synchronize()
         spent: dict[str, float] = {}
-        for (start, phase), (end, _) in zip(self.marks, self.marks[1:], strict=False):
+        for (start, phase), (end, _) in pairwise(self.marks):
             spent[phase] = spent.get(phase, 0.0) + self._between(start, end)
         return spent | {"total": sum(spent.values())}
 
@@ -79,11 +82,16 @@ class PhaseTimer:
         if function is None:
             return None
 
-        def timed(*args: Any) -> Any:
-            self._turn_to(OPTIMIZER)
-            return function(*args)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.turn_to(OPTIMIZER)
+            return function(*args, **kwargs)
 
         return timed
+
+    def turn_to(self, phase: str) -> None:
+        """What follows, outside of the rooms, counts for `phase`."""
+        self.phases[0] = phase
+        self._mark()
 
     def _mark(self) -> None:
         if self.cuda:
@@ -95,10 +103,6 @@ class PhaseTimer:
 
     def _between(self, start: Any, end: Any) -> float:
         return start.elapsed_time(end) if self.cuda else 1000 * (end - start)
-
-    def _turn_to(self, phase: str) -> None:
-        self.phases[0] = phase
-        self._mark()
 
     def _enter(self, name: str) -> Callable[..., None]:
         @torch.compiler.disable
@@ -113,12 +117,15 @@ class PhaseTimer:
         self.phases.pop()
         self._mark()
 
+    def _forward_begins(self, *_: object) -> None:
+        self.turn_to(OTHER)  # a later part of an accumulated batch comes after a backward pass
+
     @torch.compiler.disable
     def _forward_done(self, *_: object) -> None:
-        self._turn_to(BACKWARD if self.model.training else OTHER)
+        self.turn_to(BACKWARD if self.model.training else OTHER)
 
     def _update_begins(self, *_: object) -> None:
-        self._turn_to(OPTIMIZER)
+        self.turn_to(OPTIMIZER)
 
 
 class _BlockingCopies(TorchFunctionMode):
@@ -200,6 +207,18 @@ def host_waits(call: Callable[[], Any]) -> dict[str, int]:
     with _BlockingCopies(counts), _DataDependent(counts):
         call()
     return {name: count for name, count in counts.items() if count}
+
+
+def device_busy_ms(call: Callable[[], Any]) -> float:
+    """Runs `call` and returns the milliseconds in which the CUDA device computed for it; 0 where
+    torch's profiler cannot see the device."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    # Before torch 2.4 the times of the device are called those of CUDA.
+    names = ("self_device_time_total", "self_cuda_time_total")
+    events = profile.key_averages()
+    return sum(next((getattr(e, n) for n in names if hasattr(e, n)), 0) for e in events) / 1000
 
 
 def saved_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
