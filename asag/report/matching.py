@@ -1,0 +1,165 @@
+"""Which queries answer for objects, by the model's own matcher.
+
+B images, N queries, S stages, K classes, M padded ground truths.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..data import SparseDetectionMapper
+from ..data.mapper import eval_augmentations
+from ..modeling.meta_arch import SparseDetector
+from ..structures import ImageSizes
+
+IMAGES = 64  # looked at, at most
+SECONDS = 20.0  # after which no further batch is begun
+BATCH = 4
+# Generators whose queries are parameters; others choose them anew in each image.
+LASTING = ("LearnedProposals", "DynamicProposals", "ObjectQueries")
+
+
+@dataclass(frozen=True)
+class MatchingStatistics:
+    """What matching gives on some training images, as the model predicts in evaluation mode.
+
+    Attributes:
+        images: looked at.
+        objects: in them.
+        queries: mean number of queries of an image.
+        positives: (S,) queries matched to an object, mean of the objects, of each stage.
+        unmatched: (S,) share of objects without any query, 0 to 1.
+        matched: (N,) how often each query is matched in the last stage; None where queries are made
+            from the image, so that their numbers mean nothing.
+        best_scored: queries that are, in some image, among the m best-scored of the last stage (m
+            objects in that image); None as above.
+    """
+
+    images: int
+    objects: int
+    queries: float
+    positives: tuple[float, ...]
+    unmatched: tuple[float, ...]
+    matched: np.ndarray | None
+    best_scored: int | None
+
+    @property
+    def used(self) -> int:
+        """Queries matched at least once."""
+        return 0 if self.matched is None else int((self.matched > 0).sum())
+
+
+class _Counter:
+    """Sums over batches."""
+
+    def __init__(self) -> None:
+        self.images = self.objects = self.queries = 0
+        self.positives: list[np.ndarray] = []  # each (S,)
+        self.unmatched: list[np.ndarray] = []
+        self.matched: list[np.ndarray] = []  # each (N,)
+        self.best: list[np.ndarray] = []
+
+    def add(
+        self,
+        assignment: np.ndarray,
+        scores: np.ndarray,
+        valid: np.ndarray,
+        counts: Sequence[int],
+    ) -> None:
+        """One batch.
+
+        Args:
+            assignment: (S, B, N), -1 is background.
+            scores: (B, N) of the last stage.
+            valid: (B, N) bool.
+            counts: objects of each image.
+        """
+        positive = assignment >= 0
+        served = [
+            [len(np.unique(row[row >= 0])) for row in stage] for stage in assignment
+        ]  # (S, B)
+        self.images += len(counts)
+        self.objects += sum(counts)
+        self.queries += int(valid.sum())
+        self.positives.append(positive.sum(axis=(1, 2)))
+        self.unmatched.append(sum(counts) - np.array(served).sum(axis=1))
+        self.matched.append(positive[-1].sum(axis=0))
+        order = np.argsort(-np.where(valid, scores, -np.inf), axis=1, kind="stable")
+        self.best += [row[:count] for row, count in zip(order, counts, strict=True)]
+
+    def result(self, numbered: bool) -> MatchingStatistics:
+        """The statistics; `numbered`: query 7 of one image has to do with that of another."""
+        objects = max(self.objects, 1)
+        return MatchingStatistics(
+            images=self.images,
+            objects=self.objects,
+            queries=self.queries / self.images,
+            positives=tuple((sum(self.positives) / objects).tolist()),
+            unmatched=tuple((sum(self.unmatched) / objects).tolist()),
+            matched=sum(self.matched) if numbered else None,
+            best_scored=len(np.unique(np.concatenate(self.best))) if numbered else None,
+        )
+
+
+@torch.no_grad()
+def matching_statistics(
+    cfg: CfgNode,
+    model: nn.Module,
+    dataset_dicts: Sequence[dict[str, Any]],
+    *,
+    images: int = IMAGES,
+    seconds: float = SECONDS,
+) -> MatchingStatistics | None:
+    """Matches the model's predictions for training images, resized as for testing.
+
+    It draws no random numbers, talks to no other process and leaves the model as it was.
+
+    Args:
+        cfg: INPUT.*.
+        model: the detector, not wrapped.
+        dataset_dicts: training images, of which some are taken, evenly spread.
+        images: to look at, at most.
+        seconds: after which no further batch is begun.
+
+    Returns:
+        None for a model that is no `SparseDetector`, or without images.
+    """
+    if not isinstance(model, SparseDetector) or not dataset_dicts:
+        return None
+    mapper = SparseDetectionMapper(
+        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
+    )
+    wanted = min(images, len(dataset_dicts))
+    chosen = [dataset_dicts[i * len(dataset_dicts) // wanted] for i in range(wanted)]
+    counter = _Counter()
+    was_training = model.training
+    model.eval()
+    start = time.perf_counter()
+    try:
+        for first in range(0, wanted, BATCH):
+            _add_batch(counter, model, [mapper(x) for x in chosen[first : first + BATCH]])
+            if time.perf_counter() - start > seconds:
+                break
+    finally:
+        model.train(was_training)
+    return counter.result(numbered=type(model.proposal_generator).__name__ in LASTING)
+
+
+def _add_batch(counter: _Counter, model: SparseDetector, batch: list[dict[str, Any]]) -> None:
+    padded = model.preprocess_images(batch)
+    sizes = ImageSizes.from_images(padded)
+    targets = model.read_targets(batch, sizes)
+    predictions, _ = model.predict(padded.tensor, sizes)
+    assignment = model.matcher(predictions, targets)
+    logits = predictions.logits[-1].float()
+    scores = (logits.softmax(-1)[..., :-1] if model.softmax else logits).amax(-1)
+    arrays = (assignment, scores, predictions.valid)
+    counter.add(*(x.cpu().numpy() for x in arrays), targets.counts)

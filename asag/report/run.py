@@ -1,0 +1,221 @@
+"""What a training left in its folder, read for the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from ..config import get_asag_cfg
+from ..config_loading import load_config
+from ..data.coco_folder import register_table
+from ..data.coco_json import read_coco_table
+from ..data.coco_report import inspect_table
+from ..evaluation.coco import RESULTS_FILE
+from ..evaluation.crowdhuman import DETECTIONS_FILE
+from ..files import atomic_writer
+from ..visualization.curves import Series, read_metrics
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.json"
+ENVIRONMENT_FILE = "environment.txt"
+RECORD_FILE = "run.json"
+REMEMBERED = ("json_file", "image_root", "thing_classes", "evaluator_type")
+
+Changes = dict[str, tuple[Any, Any]]
+"""Key -> (value of the recipe, value of the run)."""
+
+
+class RunFolderError(ValueError):
+    """A folder lacks what a report needs; the message says what."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What config.yaml does not say.
+
+    Attributes:
+        recipe: the configuration file that the run started from.
+        changes: what the command line changed in it.
+        datasets: name -> where its files are (COCO format only).
+    """
+
+    recipe: str
+    changes: Changes
+    datasets: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, cfg: CfgNode, recipe: CfgNode, recipe_name: str) -> RunRecord:
+        """The record of a run that is about to start, its data sets registered."""
+        known = DatasetCatalog.list()
+        names = [x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x in known]
+        found = {}
+        for name in dict.fromkeys(names):
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("json_file") and metadata.get("image_root"):
+                entry = {key: metadata.get(key) for key in REMEMBERED}
+                for key in ("json_file", "image_root"):
+                    entry[key] = str(Path(entry[key]).absolute())
+                found[name] = entry
+        return cls(recipe_name, differences(recipe, cfg), found)
+
+    def write(self, folder: Path) -> None:
+        """Writes run.json."""
+        content = {"recipe": self.recipe, "changes": self.changes, "datasets": self.datasets}
+        with atomic_writer(folder / RECORD_FILE) as file:
+            json.dump(content, file, indent=1, default=str)
+
+    @classmethod
+    def read(cls, folder: Path) -> RunRecord | None:
+        """The record of a folder; None where there is none.
+
+        Raises:
+            RunFolderError: it is not what `write` wrote.
+        """
+        path = folder / RECORD_FILE
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            changes = {key: (before, now) for key, (before, now) in content["changes"].items()}
+            return cls(content["recipe"], changes, dict(content["datasets"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunFolderError(f"{path} is damaged ({error!r}); delete it") from error
+
+    def register_datasets(self) -> None:
+        """Registers the data sets that this process does not know.
+
+        Raises:
+            DatasetError: their files have gone or changed into something unusable.
+        """
+        for name, entry in self.datasets.items():
+            if name in DatasetCatalog.list():
+                continue
+            table = read_coco_table(Path(entry["json_file"]), (Path(entry["image_root"]),))
+            _, usable = inspect_table(table, name)
+            register_table(name, usable, Path(entry["json_file"]).parent)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training's folder.
+
+    Attributes:
+        folder: OUTPUT_DIR.
+        cfg: the configuration as it was used.
+        series: name of a quantity -> (iteration, value).
+        environment: what environment.txt says; "" without the file.
+        record: None for a run that was not started by train_net.py.
+    """
+
+    folder: Path
+    cfg: CfgNode
+    series: Series
+    environment: str
+    record: RunRecord | None
+
+    @classmethod
+    def read(cls, folder: Path, cfg: CfgNode | None = None) -> Run:
+        """Reads a folder.
+
+        Args:
+            folder: OUTPUT_DIR of a training.
+            cfg: its configuration; default: its config.yaml.
+
+        Raises:
+            RunFolderError: the folder or one of its files is missing or damaged.
+        """
+        if not folder.is_dir():
+            raise RunFolderError(f"{folder}: no such folder; give the OUTPUT_DIR of a training")
+        lacking = [
+            f"{name} ({why})"
+            for name, why, needed in (
+                (CONFIG_FILE, "every training writes it at its start", cfg is None),
+                (
+                    METRICS_FILE,
+                    "a training writes into it every 20 iterations and at its end",
+                    True,
+                ),
+            )
+            if needed and not (folder / name).is_file()
+        ]
+        if lacking:
+            raise RunFolderError(
+                f"{folder} is not the folder of a training, or of one that has not come far: it "
+                f"lacks {' and '.join(lacking)}"
+            )
+        try:
+            cfg = cfg or load_config(str(folder / CONFIG_FILE))
+            series = read_metrics(folder / METRICS_FILE)
+        except (KeyError, ValueError) as error:
+            raise RunFolderError(f"{folder}: {error.args[0]}") from error
+        environment = folder / ENVIRONMENT_FILE
+        text = environment.read_text(encoding="utf-8") if environment.is_file() else ""
+        return cls(folder, cfg, series, text, RunRecord.read(folder))
+
+    @property
+    def iterations(self) -> int:
+        """How far the training came."""
+        return 1 + max(points[-1][0] for points in self.series.values())
+
+    def changes(self) -> tuple[str, Changes]:
+        """What the configuration is compared with, and how it differs from it."""
+        if self.record is not None:
+            return self.record.recipe, self.record.changes
+        return "the library's defaults", differences(get_asag_cfg(), self.cfg)
+
+    def detections_file(self, dataset: str, folder: Path | None = None) -> Path | None:
+        """The detections of the last evaluation on a data set as a COCO result list; None where
+        nothing has been evaluated.
+
+        Args:
+            dataset: a name of DATASETS.TEST.
+            folder: where evaluations write; default: `inference` of the run.
+        """
+        folder = folder or self.folder / "inference"
+        if len(self.cfg.DATASETS.TEST) > 1:
+            folder = folder / dataset
+        return next(
+            (x for n in (RESULTS_FILE, DETECTIONS_FILE) if (x := folder / n).is_file()), None
+        )
+
+    def final_metrics(self) -> dict[str, float]:
+        """Figures of the last evaluation, by `task/figure` or `data set/task/figure`."""
+        figures = {
+            name: points[-1]
+            for name, points in self.series.items()
+            if "/" in name and not name.startswith("val_loss/")
+        }
+        last = max((iteration for iteration, _ in figures.values()), default=0)
+        return {name: value for name, (iteration, value) in figures.items() if iteration == last}
+
+
+def differences(before: CfgNode, now: CfgNode) -> Changes:
+    """Keys whose values are not the same, in alphabetical order."""
+    old, new = dict(leaves(before)), dict(leaves(now))
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if _plain(old.get(key)) != _plain(new.get(key))
+    }
+
+
+def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a configuration."""
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples alike: YAML does not tell them apart."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(x) for x in value]
+    return value

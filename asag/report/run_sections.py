@@ -1,0 +1,134 @@
+"""Parts of the page about the run itself: key figures, curves, configuration, environment."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from ..engine.hooks import BestResult
+from ..visualization.curves import STAGE_SUFFIX, Series
+from .charts import Line, line_chart
+from .html import Html, details, join, note, number, section, table, tag
+from .run import CONFIG_FILE, Run
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "mMR", "Recall")
+HEADLINES = ("AP", "AP50", "AP75", "mMR", "Recall")
+
+
+def split_metrics(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """`bbox/AP`, or `data set/bbox/AP`, sorted by what is before the figure."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        group, _, figure = name.rpartition("/")
+        found.setdefault(group, {})[figure] = value
+    return found
+
+
+def key_figures(run: Run, metrics: Mapping[str, float]) -> Html:
+    """The result at a glance."""
+    facts: list[tuple[str, str]] = []
+    for group, figures in split_metrics(metrics).items():
+        prefix = group.rpartition("/")[0]
+        for name in HEADLINES:
+            if name in figures:
+                facts.append((f"{name} {prefix}".strip(), number(figures[name])))
+    best = BestResult.read(run.folder)
+    if best is not None:
+        facts.append((f"best AP, iteration {best.iterations}", number(best.ap)))
+    facts.append(("iterations", f"{run.iterations:,}"))
+    if "time" in run.series:
+        seconds = statistics.median(value for _, value in run.series["time"])
+        facts.append(("seconds an iteration", f"{seconds:.3g}"))
+    cells = [tag("div", tag("dt", name), tag("dd", value)) for name, value in facts]
+    return tag("dl", *cells, class_="facts")
+
+
+def metrics_table(metrics: Mapping[str, float], source: str) -> Html:
+    """The final metrics, all but those of single classes."""
+    groups = split_metrics(metrics)
+    named = {figure for figures in groups.values() for figure in figures}
+    others = sorted(x for x in named if x not in FIGURES and not x.startswith("AP-"))
+    columns = [x for x in FIGURES if x in named] + others
+    if not columns:
+        return note("The run has not been evaluated: metrics.json has no figures of a test set.")
+    rows = [
+        [group, *(number(figures.get(x, float("nan")), 2) for x in columns)]
+        for group, figures in groups.items()
+    ]
+    return table(["", *columns], rows, caption=f"Final metrics in percent ({source})")
+
+
+def curves(run: Run) -> Html:
+    """Losses, accuracy, learning rate, gradient norm, speed: what was logged."""
+    series = run.series
+    charts = [
+        _chart("Total loss", _lines(series, TOTALS), log=True),
+        _chart("Loss terms of the last stage", _loss_terms(series), log=True),
+        _chart("Average precision on the test set", _accuracies(series)),
+        _chart("Learning rate", _lines(series, {"lr": "learning rate"})),
+        _chart("Gradient norm before clipping", _lines(series, {"grad_norm": "norm"}), log=True),
+        _chart("Seconds an iteration", _lines(series, SPEEDS)),
+        _chart("Units an object (optimal transport)", _lines(series, {UNITS: "units"})),
+    ]
+    shown = [x for x in charts if x]
+    return section("Curves", tag("div", *shown, class_="charts"))
+
+
+TOTALS = {"total_loss": "training", "val_loss/total_loss": "validation"}
+SPEEDS = {"time": "all", "data_time": "waiting for data"}
+UNITS = "ot_units_per_object"
+
+
+def _chart(title: str, lines: Sequence[Line], *, log: bool = False) -> Html | None:
+    return line_chart(title, lines, x_label="iteration", log_y=log) if lines else None
+
+
+def _lines(series: Series, names: Mapping[str, str]) -> list[Line]:
+    return [Line(label, series[name]) for name, label in names.items() if name in series]
+
+
+def _loss_terms(series: Series) -> list[Line]:
+    """Terms named without the number of a stage, or with it where there are no others."""
+    terms = [x for x in series if x.startswith("loss_")]
+    last = [
+        x for x in terms if STAGE_SUFFIX.sub("", x) == x or STAGE_SUFFIX.sub("", x) not in terms
+    ]
+    return [Line(x.removeprefix("loss_"), series[x]) for x in sorted(last)]
+
+
+def _accuracies(series: Series) -> list[Line]:
+    names = [x for x in series if "/" in x and x.rpartition("/")[2] in HEADLINES]
+    tasks = {x.rpartition("/")[0] for x in names}
+    return [
+        Line(x if len(tasks) > 1 else x.rpartition("/")[2], series[x])
+        for x in sorted(names, key=lambda x: HEADLINES.index(x.rpartition("/")[2]))
+    ]
+
+
+def configuration(run: Run) -> Html:
+    """What differs from the recipe, then everything."""
+    source, changes = run.changes()
+    rows = [(key, _text(before), _text(now)) for key, (before, now) in changes.items()]
+    compared = table(
+        ["key", "recipe", "this run"], rows, wide_text=True, caption=f"Differences from {source}"
+    )
+    if not rows:
+        compared = tag("p", f"Nothing differs from {source}.")
+    elif run.record is None:
+        # Without a record all of the recipe's own choices are in the list.
+        remark = "The run does not say which recipe it started from, so this is the whole of it."
+        compared = join(note(remark), details(f"{len(rows)} keys differ from {source}", compared))
+    everything = tag("pre", run.cfg.dump(), tabindex="0")
+    return section("Configuration", compared, details(f"All keys ({CONFIG_FILE})", everything))
+
+
+def environment(run: Run) -> Html:
+    """What it ran on."""
+    if not run.environment:
+        return section("Environment", note("There is no environment.txt in the folder."))
+    text = tag("pre", run.environment, tabindex="0")
+    return section("Environment", details("Machine and packages (environment.txt)", text))
+
+
+def _text(value: object) -> str:
+    return "–" if value is None or value == "" else str(value)

@@ -1,0 +1,162 @@
+#!/usr/bin/env python
+"""One HTML page about a training: results, curves, best and worst images, data, configuration.
+
+    python tools/report.py output/run
+    python tools/report.py output/run --weights output/run/model_0004999.pth --output looked.html
+
+A training writes the page by itself at its end (TEST.REPORT); this writes it anew, also for a run
+that was interrupted. A run that has not been evaluated is evaluated first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.data import DatasetCatalog  # noqa: E402
+from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
+from torch import nn  # noqa: E402
+
+from asag.data import register_coco_folder  # noqa: E402
+from asag.data.errors import DatasetError  # noqa: E402
+from asag.engine.trainer import Trainer  # noqa: E402
+from asag.model_zoo.loading import RUN_WEIGHTS, choose_device  # noqa: E402
+from asag.predictor import load_weights  # noqa: E402
+from asag.report import REPORT_FILE, Run, RunFolderError, write_report  # noqa: E402
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="OUTPUT_DIR of a training")
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="evaluate these instead of taking the run's last evaluation",
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="folder of the data, if it is not where it was"
+    )
+    parser.add_argument(
+        "--max-images",
+        type=int,
+        default=4,
+        metavar="N",
+        help="best and worst images, at most N each (default 4)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"default RUN_DIR/{REPORT_FILE}"
+    )
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
+    return parser
+
+
+def make_report(args: argparse.Namespace) -> Path:
+    """Writes the report that the command line asks for.
+
+    Raises:
+        RunFolderError: the folder is not that of a training, or lacks something.
+        ValueError: weights, detections and data do not fit each other.
+        OSError: a file cannot be read or written.
+    """
+    if args.max_images < 0:
+        raise ValueError(f"--max-images is {args.max_images}; it must be at least 0")
+    run = Run.read(args.run)
+    _register(run, args.data)
+    cfg = run.cfg.clone()  # the page shows the run's own
+    cfg.MODEL.DEVICE = choose_device(args.device)
+    cfg.MODEL.COMPILE = False
+    cfg.TEST.NUM_PICTURES = 0
+    output = args.output or args.run / REPORT_FILE
+    readable = [name for name in cfg.DATASETS.TEST if name in DatasetCatalog.list()]
+    unevaluated = [name for name in readable if run.detections_file(name) is None]
+    model = _model(run, cfg, args.weights, needed_for=unevaluated)
+    if not args.weights and not unevaluated:
+        return write_report(run, output, model=model, num_images=args.max_images)
+    if len(readable) < len(cfg.DATASETS.TEST) or not readable:
+        lacking = sorted(set(cfg.DATASETS.TEST) - set(readable))
+        raise ValueError(
+            f"nothing can be evaluated: DATASETS.TEST has {', '.join(lacking) or 'no data set'}"
+            f"{', which is not known here; pass its folder with --data DIR' if lacking else ''}"
+        )
+    with contextlib.ExitStack() as stack:
+        folder = args.run
+        if args.weights:  # leave the run's own detections alone
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="report_")))
+        cfg.OUTPUT_DIR = str(folder)
+        results = flatten_results_dict(Trainer.test(cfg, model))
+        return write_report(
+            run,
+            output,
+            model=model,
+            num_images=args.max_images,
+            detections_folder=folder / "inference",
+            metrics={name: float(value) for name, value in results.items()},
+            weights=str(args.weights or _weights_file(run)),
+        )
+
+
+def _register(run: Run, data: Path | None) -> None:
+    """Makes the run's data sets known: those below --data, else where run.json says they are."""
+    if data is not None:
+        train, test = run.cfg.DATASETS.TRAIN, run.cfg.DATASETS.TEST
+        name = train[0].removesuffix("_train") if train else data.name
+        same = bool(test) and tuple(train) == tuple(test)
+        register_coco_folder(data, name=name, output_dir=run.folder, evaluate_on_train=same)
+    elif run.record is not None:
+        try:
+            run.record.register_datasets()
+        except DatasetError as error:
+            print(f"warning: {error}", file=sys.stderr)
+
+
+def _model(
+    run: Run, cfg: CfgNode, weights: Path | None, *, needed_for: Sequence[str]
+) -> nn.Module | None:
+    """The run's model on MODEL.DEVICE of `cfg`; None where there are no weights and no need."""
+    file = weights or _weights_file(run)
+    if file is None:
+        if needed_for:
+            raise RunFolderError(
+                f"{run.folder} has no detections on {', '.join(needed_for)} and no weights to "
+                f"detect with ({', '.join(RUN_WEIGHTS)}, or a checkpoint); pass --weights FILE"
+            )
+        return None
+    if not file.is_file():
+        raise FileNotFoundError(f"--weights {file}: no such file")
+    model = Trainer.build_model(cfg)
+    load_weights(model, str(file), use_average=cfg.TEST.EMA_WEIGHTS)
+    return model.eval()
+
+
+def _weights_file(run: Run) -> Path | None:
+    """The final weights, which the last evaluation was made with, else the latest checkpoint."""
+    checkpoints = sorted(run.folder.glob("model_[0-9]*.pth"))[-1:]
+    known = [run.folder / name for name in ("model_final.pth", *RUN_WEIGHTS)]
+    return next((x for x in (known[0], *checkpoints, *known) if x.is_file()), None)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = build_parser().parse_args(arguments)
+    try:
+        print(f"report: {make_report(args)}")
+    except (ValueError, KeyError, OSError) as error:
+        print(f"report: {error.args[0] if len(error.args) == 1 else error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
