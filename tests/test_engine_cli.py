@@ -79,9 +79,27 @@ def test_training_then_evaluation(tmp_path):
     assert box_ap(log) == box_ap(done)
     assert (tmp_path / "eval/inference/coco_instances_results.json").is_file()
     assert not (tmp_path / "eval/metrics.json").exists()
+    assert main(arguments(tmp_path, "--eval-only", "--resume")) == 0
+    assert box_ap((tmp_path / "log.txt").read_text()) == box_ap(done)
 
     assert main(arguments(tmp_path, "--resume")) == 0
     assert "nothing left to train: 4 of 4 iterations" in (tmp_path / "log.txt").read_text()
+
+
+def test_part_of_a_detector_is_not_evaluated(tmp_path, capsys):
+    register_tiny_shapes()
+    assert main(arguments(tmp_path, SOLVER__MAX_ITER=1)) == 0
+    state = torch.load(tmp_path / "model_final.pth")["model"]
+    backbone = {k: v for k, v in state.items() if k.startswith("backbone.")}
+    more = state | {k: v.repeat(3) for k, v in state.items() if "class_logits.bias" in k}
+    for name, weights, expected in (
+        ("backbone", backbone, "parameters are not in the file"),
+        ("more", more, r"is \(6,\) in the file, \(2,\) in the model"),
+    ):
+        path = tmp_path / f"{name}.pth"
+        torch.save({"model": weights}, path)
+        message = complaint(capsys, arguments(tmp_path / name, "--eval-only", MODEL__WEIGHTS=path))
+        assert str(path) in message and re.search(expected, message), message
 
 
 def test_augmented_evaluation(tmp_path):

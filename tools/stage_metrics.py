@@ -24,7 +24,6 @@ from detectron2.config import CfgNode  # noqa: E402
 from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
 
 from asag.engine import datasets  # noqa: E402
-from asag.engine.checkpointer import AtomicCheckpointer  # noqa: E402
 from asag.engine.launch import (  # noqa: E402
     build_parser,
     choose_device,
@@ -33,6 +32,7 @@ from asag.engine.launch import (  # noqa: E402
     use_data,
 )
 from asag.engine.trainer import Trainer  # noqa: E402
+from asag.predictor import load_weights  # noqa: E402
 
 
 def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dict[str, float]]:
@@ -66,7 +66,7 @@ def evaluate(cfg: CfgNode, num_stages: int) -> dict[str, float]:
     """Finite box metrics of MODEL.WEIGHTS with the first `num_stages` stages only."""
     cfg.MODEL.DECODER.NUM_STAGES = num_stages
     model = Trainer.build_model(cfg)
-    AtomicCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    load_weights(model, cfg.MODEL.WEIGHTS, use_average=cfg.TEST.EMA_WEIGHTS)
     results = flatten_results_dict(Trainer.test(cfg, model))
     return {
         name.removeprefix("bbox/"): float(value)

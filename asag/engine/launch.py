@@ -31,6 +31,7 @@ from ..data import (
 )
 from ..files import atomic_writer
 from ..modeling.tta import check_test_augmentation
+from ..predictor import load_weights
 from . import datasets
 from .checkpointer import AtomicCheckpointer
 from .hooks import BEST_WEIGHTS, FINAL_WEIGHTS, box_ap
@@ -246,10 +247,10 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
     _check_weights(cfg)
     trainer = Trainer(cfg, recipe=recipe)
     logger.info(trainer.schedule.summary())
-    if comm.is_main_process():
+    trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process():  # not before: a refused --resume leaves the run as it is
         with atomic_writer(Path(cfg.OUTPUT_DIR) / "config.yaml") as file:
             file.write(trainer.cfg.dump())
-    trainer.resume_or_load(resume=args.resume)
     results = trainer.train()
     if results is None:
         return
@@ -268,7 +269,8 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Evaluates MODEL.WEIGHTS, or with --resume the last checkpoint of OUTPUT_DIR.
 
     Raises:
-        ValueError: no weights were named, or DATASETS.TEST is empty or of other classes.
+        ValueError: no weights were named, or not of all of the model; DATASETS.TEST is empty or of
+            other classes.
     """
     if not args.resume and "MODEL.WEIGHTS" not in args.opts:
         raise ValueError(
@@ -286,8 +288,8 @@ def evaluate(args: argparse.Namespace, cfg: CfgNode) -> None:
     checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR)
     if args.resume and not checkpointer.has_checkpoint():
         raise ValueError(f"--resume: there is no checkpoint in OUTPUT_DIR = {cfg.OUTPUT_DIR}")
-    checkpointer.use_average = cfg.TEST.EMA_WEIGHTS
-    extra = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    weights = checkpointer.get_checkpoint_file() if args.resume else cfg.MODEL.WEIGHTS
+    extra = load_weights(model, weights, use_average=cfg.TEST.EMA_WEIGHTS)
     trained, data = extra.get("class_names"), datasets.class_names(cfg.DATASETS.TEST[0])
     if trained and data and list(trained) != data:
         logger.warning(f"the weights were trained on the classes {trained}, the data has {data}")
