@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from .checkpoint.loading import PublishedCheckpointer
+from .checkpoint.loading import PartialWeightsError, PublishedCheckpointer
 from .checkpoint.reading import UnreadableError
 from .data.mapper import eval_augmentations
 
@@ -168,31 +168,6 @@ class Predictor:
                 yield members[start : start + self.batch_size]
 
 
-class _StrictCheckpointer(PublishedCheckpointer):
-    """Reads the papers' published weights too, and refuses weights that leave a part of the model
-    at its random start."""
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        wrong = list(incompatible.incorrect_shapes)
-        if wrong:
-            name, given, expected = wrong[0]
-            raise ValueError(
-                f"{len(wrong)} tensors have other shapes than in the model; {name} is "
-                f"{tuple(given)} in the file, {tuple(expected)} in the model. Take the "
-                "configuration the weights were trained with (config.yaml in their folder), or set "
-                "MODEL.ROI_HEADS.NUM_CLASSES to their number of classes"
-            )
-        missing = set(incompatible.missing_keys) & {n for n, _ in self.model.named_parameters()}
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of the model's parameters are not in the file, such as "
-                f"{min(missing)}. Weights of a backbone alone, or of another architecture, detect "
-                "nothing"
-            )
-        return incompatible
-
-
 def load_weights(model: nn.Module, path: str, *, use_average: bool = True) -> dict[str, Any]:
     """Loads a checkpoint whole.
 
@@ -209,11 +184,11 @@ def load_weights(model: nn.Module, path: str, *, use_average: bool = True) -> di
         DownloadError: it cannot be downloaded.
         ValueError: unreadable, or not of this model; the message names file, tensor and way out.
     """
-    checkpointer = _StrictCheckpointer(model, save_to_disk=False)
-    checkpointer.use_average = use_average
+    checkpointer = PublishedCheckpointer(model, save_to_disk=False)
+    checkpointer.use_average, checkpointer.whole = use_average, True
     try:
         return checkpointer.load(path)
-    except UnreadableError:
+    except (UnreadableError, PartialWeightsError):
         raise
     except (KeyError, ValueError) as error:
         raise ValueError(f"weights {path} do not fit the configuration: {error}") from error

@@ -126,6 +126,10 @@ def test_resume_refuses_other_classes_and_foreign_checkpoints(tmp_path):
     with pytest.raises(ValueError, match="choose another OUTPUT_DIR"):
         other.resume_or_load(resume=True)
 
+    larger = new_trainer(tmp_path, MODEL__DECODER__FFN_DIM=32)
+    with pytest.raises(ValueError, match=r"model_final\.pth do not fit .* other shapes"):
+        larger.resume_or_load(resume=True)
+
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     del state["trainer"]["optimizer"]
     torch.save(state, tmp_path / "model_final.pth")

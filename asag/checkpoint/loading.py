@@ -22,6 +22,10 @@ from .swin import swin_to_ours
 _SWIN_MARKS = ("patch_embed.norm.weight", "features.1.0.attn.relative_position_bias_table")
 
 
+class PartialWeightsError(ValueError):
+    """A file leaves a part of the model at its random start; the message names both."""
+
+
 def to_library_names(
     state: Mapping[str, Tensor], model_names: Iterable[str] = ()
 ) -> dict[str, Tensor]:
@@ -53,9 +57,11 @@ class PublishedCheckpointer(DetectionCheckpointer):
             None takes classifiers as they are.
         use_average: where a checkpoint holds averaged weights beside the latest ones ("ema" beside
             "model"), load the averaged ones.
+        whole: refuse files that leave a part of the model at its random start.
     """
 
     use_average = True
+    whole = False
 
     def __init__(
         self,
@@ -84,6 +90,7 @@ class PublishedCheckpointer(DetectionCheckpointer):
         Raises:
             FileNotFoundError: no such file.
             DownloadError: it cannot be downloaded.
+            PartialWeightsError: see `whole`.
             ValueError: the file is no weights file, holds code, or nothing of this model.
         """
         self._file = LoadedFile(address=str(path))
@@ -117,6 +124,8 @@ class PublishedCheckpointer(DetectionCheckpointer):
         if not checkpoint.get("matching_heuristics", False):
             self._fit_classes(checkpoint)
         incompatible = super()._load_model(checkpoint)
+        if self.whole:
+            _check_whole(self.model, incompatible, self._file.address)
         report = self._file.report(self.model, incompatible)
         if not report.loaded:
             raise ValueError(
@@ -159,6 +168,26 @@ class PublishedCheckpointer(DetectionCheckpointer):
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         """Silent: the report has said it."""
+
+
+def _check_whole(model: nn.Module, incompatible: Any, address: str) -> None:
+    """Raises PartialWeightsError unless every parameter of the model came from the file."""
+    wrong = list(incompatible.incorrect_shapes)
+    if wrong:
+        name, given, expected = wrong[0]
+        raise PartialWeightsError(
+            f"weights {address} do not fit the configuration: {len(wrong)} tensors have other "
+            f"shapes than in the model; {name} is {tuple(given)} in the file, {tuple(expected)} in "
+            "the model. Take the configuration the weights were trained with (config.yaml in their "
+            "folder), or set MODEL.ROI_HEADS.NUM_CLASSES to their number of classes"
+        )
+    missing = set(incompatible.missing_keys) & {name for name, _ in model.named_parameters()}
+    if missing:
+        raise PartialWeightsError(
+            f"weights {address} do not fit the configuration: {len(missing)} of the model's "
+            f"parameters are not in the file, such as {min(missing)}. Weights of a backbone alone, "
+            "or of another architecture, detect nothing"
+        )
 
 
 def _holds_average(loaded: Mapping[str, Any]) -> bool:

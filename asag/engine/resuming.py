@@ -124,7 +124,8 @@ class ResumableTrainer(DefaultTrainer):
             resume: go on from OUTPUT_DIR's last checkpoint if there is one.
 
         Raises:
-            ValueError: the checkpoint to resume belongs to other classes, or is no resumable one.
+            ValueError: the checkpoint to resume belongs to other classes or another model, or is no
+                resumable one.
         """
         found = self.checkpointer.has_checkpoint()
         if found and not resume:
@@ -134,8 +135,9 @@ class ResumableTrainer(DefaultTrainer):
             )
         # Going on needs the latest weights, a new start the best ones.
         self.checkpointer.use_average = self.cfg.TEST.EMA_WEIGHTS and not (resume and found)
-        # A new start may be from weights of other classes; a run goes on with its own.
+        # A new start may be from weights of other classes or a part; a run goes on with its own.
         self.checkpointer.class_names = None if resume and found else self.class_names or None
+        self.checkpointer.whole = resume and found
         extra = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if not (resume and found):
             if self.ema is not None:
