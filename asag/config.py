@@ -373,6 +373,8 @@ def _add_solver(cfg: CN) -> None:
 def _add_test(cfg: CN) -> None:
     # Validation images drawn with their predictions after each evaluation.
     cfg.TEST.NUM_PICTURES = 8
+    # Write report.html at the end of training: results, curves, best and worst images, data.
+    cfg.TEST.REPORT = True
     # Losses on the first data set of DATASETS.TEST at each evaluation, as val_loss/*.
     cfg.TEST.LOSS = False
     # Evaluate and predict with the averaged weights of a checkpoint that holds them (SOLVER.EMA).

@@ -58,6 +58,7 @@ OPTIONS: dict[str, object] = {
     "SOLVER.MAX_ITER": 4,
     "SOLVER.STEPS": "()",
     "TEST.NUM_PICTURES": 0,
+    "TEST.REPORT": False,
     "SEED": 7,
 }
 

@@ -29,6 +29,7 @@ LEVELS = {
     "asag.evaluation": 4,
     "asag.visualization": 4,
     "asag.engine": 5,
+    "asag.report": 5,
     "asag": 6,
 }
 

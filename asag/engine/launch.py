@@ -40,6 +40,7 @@ from .memory import NotEnoughMemoryError
 from .overfit import STEPS, run_check
 from .pictures import save_curves
 from .processes import launch, started_by_torchrun
+from .reporting import write_record
 from .restarts import resume_if_restarted
 from .step import unwrap
 from .trainer import Trainer
@@ -251,6 +252,7 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
     if comm.is_main_process():  # not before: a refused --resume leaves the run as it is
         with atomic_writer(Path(cfg.OUTPUT_DIR) / "config.yaml") as file:
             file.write(trainer.cfg.dump())
+        write_record(trainer.cfg, recipe, args.config_file)
     results = trainer.train()
     if results is None:
         return

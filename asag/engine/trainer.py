@@ -35,6 +35,7 @@ from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
 from .optimizer import build_optimizer
 from .pictures import save_pictures
+from .reporting import report_training
 from .resuming import ResumableTrainer
 from .rng import preserved_rng, set_rng_state
 from .schedule import resolve_schedule
@@ -226,6 +227,8 @@ class Trainer(ResumableTrainer):
             self._loop()
         finally:
             self._batches = None  # stops the loader's processes
+        if self.cfg.TEST.REPORT:
+            self._report()
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self.results)
         return self.results
@@ -246,6 +249,13 @@ class Trainer(ResumableTrainer):
                 self.iter += 1
             finally:
                 self.after_train()
+
+    def _report(self) -> None:
+        """Writes the report in the first process, for which the others wait."""
+        if comm.is_main_process():
+            with preserved_rng(), self.evaluation_weights():
+                report_training(self.cfg, unwrap(self.model), self.dataset_dicts)
+        comm.synchronize()
 
     def stop(self) -> None:
         """Ends the training after the present iteration. Every process must call it."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from .html import Html, note, tag
 
-WIDTH, HEIGHT = 440, 250  # of the drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 36  # margins for ticks and labels
+WIDTH, HEIGHT = 380, 230  # of the drawing, in its own units
+LEFT, RIGHT, TOP, BOTTOM = 54, 10, 10, 40  # margins for ticks and labels
 COLORS = 8  # classes c0 ... c7 of the style sheet; beyond that, lines are dashed
 MAX_POINTS = 240  # of a line; longer ones become means of neighbouring points
 
@@ -160,7 +160,7 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str) -> list[Html]:
     for value in x_axis.ticks(5):
         x, bottom = _place(x_axis.share(value), 0)
         found.append(tag("path", d=f"M{x:.1f} {bottom}v4", class_="grid"))
-        found.append(tag("text", _tick(value), x=f"{x:.1f}", y=bottom + 17, class_="x"))
+        found.append(tag("text", _tick(value), x=f"{x:.1f}", y=bottom + 18, class_="x"))
     found.append(tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 4, class_="x label"))
     return found
 

@@ -28,8 +28,11 @@ def accuracy_tables(result: Result, metrics: Mapping[str, float]) -> Html:
         return join(*remarks)
     logged = [v for k, v in metrics.items() if k in ("bbox/AP", f"{result.name}/bbox/AP")]
     if logged and abs(logged[0] - accuracy.ap()) > DISAGREEMENT:
-        text = f"The detections give {accuracy.ap():.2f} AP, but the final metrics say "
-        remarks.append(note(text, f"{logged[0]:.2f}: they come from another evaluation."))
+        text = (
+            f"The detections in the folder give {accuracy.ap():.2f} AP, but the final metrics say "
+            f"{logged[0]:.2f}: they come from another evaluation, or the data has changed since."
+        )
+        remarks.append(note(text))
     counts = result.summary.objects
     sizes = [
         [area, int(n), *(number(accuracy.ap(area=area, iou=iou)) for iou in (None, 0.5, 0.75))]
@@ -80,17 +83,14 @@ def precision_recall(results: Sequence[Result]) -> Html:
 def _curves_of(result: Result, accuracy: CocoAccuracy) -> Html:
     counts = result.summary.objects.sum(axis=1)
     shown = [k for k in (-counts).argsort(kind="stable")[:MOST_CLASSES].tolist() if counts[k]]
-    mean = tag("div", _curve("All classes", accuracy, None), class_="charts")
+    mean = _curve("All classes", accuracy, None)
+    each = [_curve(accuracy.class_names[k], accuracy, k) for k in sorted(shown)]
     if len(accuracy.class_names) == 1:
-        return mean
-    each = tag(
-        "div",
-        *(_curve(accuracy.class_names[k], accuracy, k) for k in sorted(shown)),
-        class_="charts",
-    )
+        return tag("div", mean, class_="charts")
     if len(shown) <= UNFOLDED_CLASSES:
-        return join(mean, each)
-    return join(mean, details(f"Curves of {len(shown)} classes", each))
+        return tag("div", mean, *each, class_="charts")
+    folded = details(f"Curves of {len(shown)} classes", tag("div", *each, class_="charts"))
+    return join(tag("div", mean, class_="charts"), folded)
 
 
 def _curve(title: str, accuracy: CocoAccuracy, label: int | None) -> Html:

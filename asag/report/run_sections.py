@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from ..engine.hooks import BestResult
 from ..visualization.curves import STAGE_SUFFIX, Series
@@ -55,32 +55,32 @@ def metrics_table(metrics: Mapping[str, float], source: str) -> Html:
         [group, *(number(figures.get(x, float("nan")), 2) for x in columns)]
         for group, figures in groups.items()
     ]
-    return table(["", *columns], rows, caption=f"Final metrics in percent ({source})")
+    return table(["task", *columns], rows, caption=f"Final metrics in percent ({source})")
 
 
 def curves(run: Run) -> Html:
     """Losses, accuracy, learning rate, gradient norm, speed: what was logged."""
     series = run.series
     charts = [
-        _chart("Total loss", _lines(series, TOTALS), log=True),
-        _chart("Loss terms of the last stage", _loss_terms(series), log=True),
-        _chart("Average precision on the test set", _accuracies(series)),
-        _chart("Learning rate", _lines(series, {"lr": "learning rate"})),
-        _chart("Gradient norm before clipping", _lines(series, {"grad_norm": "norm"}), log=True),
-        _chart("Seconds an iteration", _lines(series, SPEEDS)),
-        _chart("Units an object (optimal transport)", _lines(series, {UNITS: "units"})),
+        ("Total loss", _lines(series, TOTALS), True),
+        ("Loss terms of the last stage", _loss_terms(series), True),
+        ("Average precision on the test set", _accuracies(series), False),
+        ("Learning rate", _lines(series, {"lr": "learning rate"}), False),
+        ("Gradient norm before clipping", _lines(series, {"grad_norm": "norm"}), True),
+        ("Seconds an iteration", _lines(series, SPEEDS), False),
+        ("Units an object (optimal transport)", _lines(series, {UNITS: "units"}), False),
     ]
-    shown = [x for x in charts if x]
+    shown = [
+        line_chart(title, lines, x_label="iteration", log_y=log, x_range=(0, run.iterations))
+        for title, lines, log in charts
+        if lines
+    ]
     return section("Curves", tag("div", *shown, class_="charts"))
 
 
 TOTALS = {"total_loss": "training", "val_loss/total_loss": "validation"}
 SPEEDS = {"time": "all", "data_time": "waiting for data"}
 UNITS = "ot_units_per_object"
-
-
-def _chart(title: str, lines: Sequence[Line], *, log: bool = False) -> Html | None:
-    return line_chart(title, lines, x_label="iteration", log_y=log) if lines else None
 
 
 def _lines(series: Series, names: Mapping[str, str]) -> list[Line]:

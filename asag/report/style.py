@@ -49,13 +49,13 @@ section {
 .facts dt { color: var(--soft); font-size: .8125rem; }
 .facts dd { margin: 0; font-size: 1.5rem; font-weight: 650; font-variant-numeric: tabular-nums; }
 .charts {
-  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr));
-  gap: 20px 28px;
+  display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr));
+  gap: 24px 32px;
 }
 figure { margin: 0; min-width: 0; }
 figure h3, figure h4 { margin: 0 0 4px; font-size: .9375rem; }
 svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
+svg text { fill: var(--soft); font-size: 13px; font-variant-numeric: tabular-nums; }
 svg .x { text-anchor: middle; }
 svg .y { text-anchor: end; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
