@@ -212,6 +212,12 @@ def use_data(cfg: CfgNode, registered: RegisteredFolder, say: Any = print) -> No
             f"WARNING: an image has {fullest} boxes, but there are {queries} queries, which find "
             "one object each at most. Raise MODEL.PROPOSAL_GENERATOR.NUM_QUERIES."
         )
+    kept = cfg.TEST.DETECTIONS_PER_IMAGE
+    if fullest > kept:
+        say(
+            f"WARNING: an image has {fullest} boxes, but only the {kept} best detections of an "
+            "image are kept. Raise TEST.DETECTIONS_PER_IMAGE."
+        )
 
 
 def _split(json_file: str, images: str | None) -> CocoSplit:
