@@ -142,12 +142,12 @@ def detections(folder: Path) -> list[list[dict]]:
 
 def test_own_data_in_one_argument(tmp_path, coco_folder, capsys):
     argv = arguments(tmp_path, "--data", str(coco_folder), MODEL__ROI_HEADS__NUM_CLASSES=80)
-    argv += ["MODEL.PROPOSAL_GENERATOR.NUM_QUERIES", "2", "TEST.DETECTIONS_PER_IMAGE", "1"]
+    argv += ["MODEL.PROPOSAL_GENERATOR.NUM_QUERIES", "2", "TEST.DETECTIONS_PER_IMAGE", "2"]
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert "12 images" in printed, "the report is printed"
     assert "an image has 3 boxes, but there are 2 queries" in printed
-    assert "an image has 3 boxes, but only the 1 best detections" in printed
+    assert "an image has 3 boxes, but only the 2 best detections" in printed
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)
     assert state["class_names"] == ["circle", "square"]
     results = json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
