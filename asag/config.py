@@ -18,6 +18,7 @@ def add_asag_config(cfg: CN) -> None:
     _add_matching(cfg)
     _add_solver(cfg)
     _add_test(cfg)
+    _add_logging(cfg)
 
 
 def get_asag_cfg() -> CN:
@@ -394,3 +395,10 @@ def _add_test(cfg: CN) -> None:
     # "vote" gives cluster members again with a score lowered by their overlap; below this score
     # they are dropped, 0 to 1.
     aug.MIN_SCORE = 0.05
+
+
+def _add_logging(cfg: CN) -> None:
+    cfg.LOGGING = CN()
+    # Project on Weights & Biases that a training sends its numbers to, beside metrics.json and
+    # TensorBoard; "" sends nothing. The package's own variables hold, such as WANDB_MODE=offline.
+    cfg.LOGGING.WANDB = ""

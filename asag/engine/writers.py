@@ -1,4 +1,4 @@
-"""Where the numbers of a training go: console, metrics.json, TensorBoard."""
+"""Where the numbers of a training go: console, metrics.json, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Mapping
 
 import torch
+import yaml
+from detectron2.config import CfgNode
 from detectron2.utils.events import (
     EventStorage,
     EventWriter,
@@ -17,10 +20,14 @@ from detectron2.utils.events import (
     TensorboardXWriter,
     get_event_storage,
 )
+from fvcore.common.history_buffer import HistoryBuffer
+
+from .wandb_writer import WandbWriter
 
 # Losses of the final stage and of the proposal generator; those of earlier stages end with a digit.
 EARLIER_STAGE = re.compile(r"_\d+$")
-WINDOW = 20  # steps that console values are smoothed over (median)
+WINDOW = 20  # steps that values are smoothed over (median)
+PACE_WINDOW = 1000  # steps that the pace of the training is taken from (median)
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +70,24 @@ class ConsolePrinter(EventWriter):
         if "lr" in histories:
             parts.append(f"lr {histories['lr'].latest():.3g}")
         if "time" in histories:
-            seconds = histories["time"].median(1000)
+            seconds = histories["time"].median(PACE_WINDOW)
             waiting = histories["data_time"].median(WINDOW) if "data_time" in histories else 0.0
-            left = datetime.timedelta(seconds=int(seconds * (self._max_iter - done)))
+            left = time_left(histories, self._max_iter - done)
             parts.append(f"{seconds:.3f} s/iter (data {waiting:.3f})  eta {left}")
         parts.append(f"mem {peak_memory_gib():.1f} GiB")
         return "  ".join(parts)
+
+
+def time_left(histories: Mapping[str, HistoryBuffer], iterations: int) -> datetime.timedelta | None:
+    """Whole seconds that so many iterations will take; None before the first was timed.
+
+    Args:
+        histories: of an `EventStorage`, with "time".
+        iterations: to go.
+    """
+    if "time" not in histories:
+        return None
+    return datetime.timedelta(seconds=int(histories["time"].median(PACE_WINDOW) * iterations))
 
 
 def peak_memory_gib() -> float:
@@ -83,13 +102,35 @@ def peak_memory_gib() -> float:
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 
 
-def build_writers(output_dir: str, *, max_iter: int, iters_per_epoch: float) -> list[EventWriter]:
-    """Console, `metrics.json` (a JSON object a line) and, if it is installed, TensorBoard."""
+def build_writers(
+    output_dir: str, *, max_iter: int, iters_per_epoch: float, cfg: CfgNode | None = None
+) -> list[EventWriter]:
+    """Console, `metrics.json` (a JSON object a line), TensorBoard if it is installed, and Weights &
+    Biases if LOGGING.WANDB says so.
+
+    Args:
+        output_dir: for files.
+        max_iter: length of the training.
+        iters_per_epoch: iterations of one pass over the data.
+        cfg: of the training, with LOGGING.*; None writes to none but the first three.
+
+    Raises:
+        ValueError: LOGGING.WANDB is set, but wandb is not installed.
+    """
     os.makedirs(output_dir, exist_ok=True)
     writers: list[EventWriter] = [
         ConsolePrinter(max_iter=max_iter, iters_per_epoch=iters_per_epoch),
         JSONWriter(os.path.join(output_dir, "metrics.json")),
     ]
     if importlib.util.find_spec("tensorboard") is not None:
-        writers.append(TensorboardXWriter(output_dir))
+        writers.append(TensorboardXWriter(output_dir, window_size=WINDOW))
+    if cfg is not None and cfg.LOGGING.WANDB:
+        writers.append(
+            WandbWriter(
+                project=cfg.LOGGING.WANDB,
+                output_dir=output_dir,
+                config=yaml.safe_load(cfg.dump()),
+                window=WINDOW,
+            )
+        )
     return writers
