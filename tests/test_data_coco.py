@@ -205,7 +205,7 @@ def test_explicit_files(folder):
 
 def test_missing_val_says_what_to_do(folder):
     (folder / "annotations" / "val.json").unlink()
-    with pytest.raises(DatasetError, match=r"coco_split .*evaluate_on_train=True"):
+    with pytest.raises(DatasetError, match=r"coco_split .*--evaluate-on-train"):
         register(folder)
     made = register(folder, evaluate_on_train=True)
     assert made.val == made.train
@@ -549,11 +549,28 @@ def test_split_command(tmp_path, monkeypatch, capsys):
     source = write(tmp_path / "train.json", coco(count=10))
     monkeypatch.setattr("sys.argv", ["coco_split", str(source)])
     split_main()
-    assert "train.json: 8 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "train.json: 8 images" in printed
+    assert "--train-images FOLDER_OF_IMAGES" in printed, "there are no pictures"
     with pytest.raises(SystemExit) as stop:
         split_main()
     assert stop.value.code == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_split_command_says_how_to_go_on(folder, monkeypatch, capsys):
+    monkeypatch.setattr(
+        "sys.argv",
+        ["coco_split", str(folder / "annotations" / "train.json"), "--val-fraction", "0.5"],
+    )
+    split_main()
+    words = capsys.readouterr().out.splitlines()[-1].split()
+    assert words[:3] == ["next:", "python", "train_net.py"]
+    said = dict(zip(words[3::2], words[4::2], strict=True))
+    assert said["--train-images"] == said["--val-images"] == str(folder / "images")
+    splits = [CocoSplit(Path(said[f"--{x}-json"]), (folder / "images",)) for x in ("train", "val")]
+    made = register_coco_splits("again", train=splits[0], val=splits[1], output_dir=folder)
+    assert made.reports[0].missing_files == 0
 
 
 # Real photographs with degenerate boxes.

@@ -88,7 +88,7 @@ def register_coco_folder(
         remedy = (
             "split the training file (`python -m asag.data.coco_split "
             f"{splits['train'].json_file}`), or ask for evaluation on the training images "
-            "(evaluate_on_train=True), which overstates accuracy"
+            "(--evaluate-on-train; in Python evaluate_on_train=True), which overstates accuracy"
         )
         raise DatasetError([Complaint(str(folder), "no evaluation annotations found", remedy)])
     return register_coco_splits(

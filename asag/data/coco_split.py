@@ -77,6 +77,19 @@ def main() -> None:
     except (ValueError, FileExistsError) as error:
         parser.exit(1, f"{error}\n")
     print(f"{train_json}: {counts[0]} images\n{val_json}: {counts[1]} images")
+    images = _image_folder(args.source)
+    print(
+        f"next: python train_net.py --train-json {train_json} --val-json {val_json} "
+        f"--train-images {images} --val-images {images}"
+    )
+
+
+def _image_folder(source: Path) -> Path | str:
+    """Where the first picture of a file lies in the usual layouts; a placeholder elsewhere."""
+    first = load_json(source)["images"][0]["file_name"]
+    parents = (source.parent, source.parent.parent)
+    folders = [folder for parent in parents for folder in (parent, parent / "images")]
+    return next((folder for folder in folders if (folder / first).is_file()), "FOLDER_OF_IMAGES")
 
 
 if __name__ == "__main__":
