@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -146,5 +147,13 @@ def test_torchrun_environment_is_joined(monkeypatch):
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
-    assert launch(lambda: int(torch.distributed.is_initialized()), (), processes=1) == 1
+
+    def joined() -> int:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.warn("`broadcast_buffers` is deprecated. Use ...", FutureWarning, stacklevel=1)
+            warnings.warn("something of the user's", UserWarning, stacklevel=1)
+        assert [str(x.message) for x in heard] == ["something of the user's"]
+        return int(torch.distributed.is_initialized())
+
+    assert launch(joined, (), processes=1) == 1
     assert not torch.distributed.is_initialized()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from .restarts import fresh_store
 # A process that waits this long for another one gives up. One that has died is noticed at once; the
 # others may still be silent, as long as the first evaluates or a file system is stuck.
 TIMEOUT = timedelta(minutes=30)
+# Advice of torch to Detectron2 and to this library, which each process would print.
+NOISE = ("TypedStorage is deprecated", "`broadcast_buffers` is deprecated")
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -127,7 +130,10 @@ def _run_in_group(
     )
     try:
         _make_local_group(place.local_size)
-        return function(*args)
+        with warnings.catch_warnings():
+            for message in NOISE:
+                warnings.filterwarnings("ignore", message)
+            return function(*args)
     finally:
         dist.destroy_process_group()
 
