@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -102,7 +103,7 @@ def make_report(args: argparse.Namespace) -> Path:
             model=model,
             num_images=args.max_images,
             detections_folder=folder / "inference",
-            metrics={name: float(value) for name, value in results.items()},
+            metrics={k: float(v) for k, v in results.items() if math.isfinite(v)},
             weights=str(args.weights or _weights_file(run)),
         )
 

@@ -17,6 +17,7 @@ from .results import Result
 PICTURE_BYTES = 1_500_000  # of all JPEG files together
 UNFOLDED_CLASSES = 9  # more classes than this have their precision-recall curves folded away
 MOST_CLASSES = 80  # with the most objects, whose curves are drawn
+NO_CURVES = "These curves are drawn of detections on data sets that are evaluated by COCO's rules."
 DISAGREEMENT = 0.05  # points of AP between two sources that are worth a remark
 
 
@@ -58,7 +59,8 @@ def accuracy_tables(result: Result, metrics: Mapping[str, float]) -> Html:
         caption=f"By class, {result.name}",
     )
     explained = tag(
-        "p", "Small is below 32² pixels of area, large above 96², in the original image.",
+        "p", "Small is below 32² pixels of area, large above 96², in the original image. Objects "
+        "are counted by the area of their box.",
         class_="soft",
     )  # fmt: skip
     return join(*remarks, by_size, explained, by_class)
@@ -74,7 +76,7 @@ def precision_recall(results: Sequence[Result]) -> Html:
             parts.append(tag("h3", result.name))
         parts.append(_curves_of(result, result.accuracy))
     if not parts:
-        return section("Precision and recall", note("There are no COCO detections to draw."))
+        return section("Precision and recall", note(NO_CURVES))
     text = "Precision when the detections of highest score are kept until the recall is reached, "
     text += "at an IoU of 0.5, of 0.75, and as the mean over 0.5 to 0.95."
     return section("Precision and recall", tag("p", text), *parts)

@@ -64,7 +64,7 @@ def curves(run: Run) -> Html:
     charts = [
         ("Total loss", _lines(series, TOTALS), True),
         ("Loss terms of the last stage", _loss_terms(series), True),
-        ("Average precision on the test set", _accuracies(series), False),
+        ("Accuracy on the test set, percent", _accuracies(series), False),
         ("Learning rate", _lines(series, {"lr": "learning rate"}), False),
         ("Gradient norm before clipping", _lines(series, {"grad_norm": "norm"}), True),
         ("Seconds an iteration", _lines(series, SPEEDS), False),

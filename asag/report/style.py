@@ -55,7 +55,7 @@ section {
 figure { margin: 0; min-width: 0; }
 figure h3, figure h4 { margin: 0 0 4px; font-size: .9375rem; }
 svg { display: block; width: 100%; height: auto; }
-svg text { fill: var(--soft); font-size: 13px; font-variant-numeric: tabular-nums; }
+svg text { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .x { text-anchor: middle; }
 svg .y { text-anchor: end; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
