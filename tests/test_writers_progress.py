@@ -23,6 +23,7 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from asag.engine import progress
+from asag.engine.log_files import keep_files_plain
 from asag.engine.progress import WatchedLoader, on_terminal, watched
 from asag.engine.writers import time_left
 
@@ -65,14 +66,14 @@ def story(folder: Path) -> None:
 def told(monkeypatch, tmp_path):
     """Tells the story to a terminal of 100 columns or to a pipe; returns what arrived there."""
 
-    def tell(terminal=True, **environment):
+    def tell(terminal=True, rows=24, **environment):
         monkeypatch.delenv("NO_COLOR", raising=False)
         for key, value in ({"TERM": "xterm"} | environment).items():
             monkeypatch.setenv(key, value)
         monkeypatch.setattr(progress, "REFRESH", 0.0)
         reading, writing = pty.openpty() if terminal else os.pipe()
         if terminal:
-            fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+            fcntl.ioctl(writing, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 100, 0, 0))
         seen = []
         reader = threading.Thread(target=read_all, args=(reading, seen))
         reader.start()
@@ -129,9 +130,9 @@ def test_terminal_shows_bars_and_keeps_the_log_lines(told, tmp_path):
     assert CONTROL.search(log) is None and messages(log) == LINES
 
 
-@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_terminal_can_be_kept_plain(told, environment):
-    text = told(**environment).replace("\r\n", "\n")
+@pytest.mark.parametrize("options", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"rows": 0}])
+def test_terminal_without_bars_is_plain(told, options):
+    text = told(**options).replace("\r\n", "\n")
     assert CONTROL.search(text) is None and messages(text) == LINES
 
 
@@ -140,13 +141,28 @@ def test_pipe_gets_plain_lines(told):
     assert CONTROL.search(text) is None and messages(text) == LINES
 
 
-def test_other_processes_show_nothing(monkeypatch):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    assert on_terminal()
+def test_other_processes_show_nothing(told, monkeypatch):
     monkeypatch.setattr(progress.comm, "is_main_process", lambda: False)
+    assert messages(told()) == LINES
+
+
+def test_there_may_be_no_stdout(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "stdout", None)
     assert not on_terminal() and progress.TrainingProgress.if_on_terminal() is None
+
+
+def test_files_of_logs_lose_colours_and_nothing_else(tmp_path, capsys):
+    logger = logging.Logger("plain")
+    with open(tmp_path / "log.txt", "w", encoding="utf-8") as file:
+        for stream in (sys.stdout, file):
+            logger.addHandler(logging.StreamHandler(stream))
+            logger.handlers[-1].setFormatter(logging.Formatter("[%(levelname)s] %(message)s"))
+        for _ in range(2):  # set up twice, as a second training of a process does
+            keep_files_plain(logger)
+        logger.warning("a \x1b[36mtable\x1b[0m [5m\x1b[1;32m\x1b[K of %s", "things")
+    assert (tmp_path / "log.txt").read_text() == "[WARNING] a table [5m of things\n"
+    assert "\x1b[36mtable" in capsys.readouterr().out
 
 
 def test_loader_stays_what_it_is(monkeypatch):

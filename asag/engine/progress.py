@@ -27,10 +27,15 @@ LAYOUT = "{desc} {n_fmt}/{total_fmt} |{bar}| {percentage:3.0f}%{postfix}"
 
 
 def on_terminal() -> bool:
-    """Whether bars are shown: on the main process, when stdout is a terminal that can redraw a
-    line (TERM is not "dumb") and the environment variable NO_COLOR is empty."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return not plain and sys.stdout is not None and sys.stdout.isatty() and comm.is_main_process()
+    """Whether bars are shown: on the main process, when stdout is a terminal of known size that can
+    redraw a line (TERM is not "dumb") and the environment variable NO_COLOR is empty."""
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())
+    except (AttributeError, OSError, ValueError):  # no stdout, no terminal, no file
+        return False
+    return min(size) > 0 and comm.is_main_process()
 
 
 @contextlib.contextmanager
