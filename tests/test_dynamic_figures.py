@@ -167,6 +167,11 @@ def test_accuracy_by_stage(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert "per_stage: true" in capsys.readouterr().err
     (tmp_path / "results.json").write_text(json.dumps(found))
     assert figures.main(command) == 0 and (tmp_path / "x.png").is_file()
+    found = {"crowd": {name: results([1, 2, 3]) for name in ("plain", "DPG", "DLA")}}
+    (axes,) = figures.draw_stages(found, ["DLA", "plain"]).axes
+    assert [line.get_label() for line in axes.lines] == ["DLA (1)", "plain (1)"]
+    assert figures.main([*command, "--variants", "DLB"]) == 1
+    assert "no variant 'DLB'; there are ['old', 'plain']" in capsys.readouterr().err
 
 
 def test_curves_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -179,5 +184,7 @@ def test_curves_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     output = tmp_path / "x.png"
     assert figures.main(["curves", str(tmp_path), "--data", "b", "--output", str(output)]) == 0
     assert output.is_file()
+    absent = ["curves", str(tmp_path), "--output", str(output), "--variants", "z"]
+    assert figures.main(absent) == 1 and "no variant 'z'" in capsys.readouterr().err
     assert figures.main(["curves", str(tmp_path), "--seed", "5", "--output", str(output)]) == 1
     assert "'a seed 1', 'a seed 2', 'b seed 2'" in capsys.readouterr().err

@@ -160,18 +160,19 @@ def draw_proposals(one: Proposals, other: Proposals) -> Figure:
     return figure
 
 
-def draw_stages(results: dict[str, Any]) -> Figure:
+def draw_stages(results: dict[str, Any], wanted: Sequence[str] | None = None) -> Figure:
     """AP of the first 1, 2, ... stages, mean and standard deviation over the seeds (Fig. 6).
 
     Args:
         results: data -> variant -> seed -> {"per_stage": [{"AP": ...}, ...]}.
+        wanted: variants to draw; None: all.
 
     Raises:
-        ValueError: no run was evaluated stage by stage.
+        ValueError: no run was evaluated stage by stage, or there is no such variant.
     """
     curves: dict[str, dict[str, list[tuple[float, ...]]]] = {}
     for data, variants in results.items():
-        for variant, seeds in variants.items():
+        for variant, seeds in choose(variants, wanted).items():
             runs = [[s["AP"] for s in x["per_stage"]] for x in seeds.values() if "per_stage" in x]
             if runs:
                 curves.setdefault(data, {})[variant] = list(zip(*runs, strict=True))
@@ -195,6 +196,18 @@ def draw_stages(results: dict[str, Any]) -> Figure:
     return figure
 
 
+def choose(variants: dict[str, Any], wanted: Sequence[str] | None) -> dict[str, Any]:
+    """The wanted entries, in the order wanted; all if None.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    absent = [name for name in wanted or () if name not in variants]
+    if absent:
+        raise ValueError(f"no variant {absent[0]!r}; there are {sorted(variants)}")
+    return {name: variants[name] for name in wanted or variants}
+
+
 def study_metrics(folder: Path, data: str | None, seed: int | None) -> dict[str, Path]:
     """Variant -> metrics.json of one data set and seed of a study; the first ones by default.
 
@@ -205,7 +218,8 @@ def study_metrics(folder: Path, data: str | None, seed: int | None) -> dict[str,
     data = data or next((d for d, _, _ in runs), None)
     seeds = sorted({int(s.removeprefix("seed")) for d, _, s in runs if d == data})
     seed = seed if seed is not None else next(iter(seeds), None)
-    found = {v: path for (d, v, s), path in runs.items() if d == data and s == f"seed{seed}"}
+    runs_of_seed = {k: path for k, path in runs.items() if k[0] == data and k[2] == f"seed{seed}"}
+    found = {variant.replace("_", " "): path for (_, variant, _), path in runs_of_seed.items()}
     if not found:
         known = sorted({f"{d} seed {s.removeprefix('seed')}" for d, _, s in runs})
         raise ValueError(f"{folder} has no run of {data} seed {seed}; it has {known}")
@@ -304,11 +318,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--dataset", help="registered name; default: of DATASETS.TEST")
         command.add_argument("--data", metavar="DIR", help="COCO folder instead")
         command.add_argument("options", nargs="*", metavar="KEY VALUE", help="overrides")
-    commands.add_parser("stages").add_argument("results", type=Path, help="results.json of a study")
-    curves = commands.add_parser("curves")
+    stages, curves = commands.add_parser("stages"), commands.add_parser("curves")
+    stages.add_argument("results", type=Path, help="results.json of a study")
     curves.add_argument("study", type=Path, help="output folder of a study")
     curves.add_argument("--data", help="data set of the study; default: the first")
     curves.add_argument("--seed", type=int, help="default: the first")
+    for command in (stages, curves):
+        command.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
     for command in commands.choices.values():
         command.add_argument("--output", type=Path, required=True, help="picture to write")
     return parser.parse_args(arguments)
@@ -320,10 +336,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         given.output.parent.mkdir(parents=True, exist_ok=True)
         if given.command == "curves":
-            plot_curves(study_metrics(given.study, given.data, given.seed), given.output)
+            runs = study_metrics(given.study, given.data, given.seed)
+            plot_curves(choose(runs, given.variants), given.output)
             return 0
         if given.command == "stages":
-            figure = draw_stages(json.loads(given.results.read_text()))
+            figure = draw_stages(json.loads(given.results.read_text()), given.variants)
         else:
             with tempfile.TemporaryDirectory() as scratch:
                 figure = model_figure(given, scratch)
