@@ -7,13 +7,14 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engine_support import CONFIG, register_tiny_shapes, tiny_cfg, tiny_options
 
 from asag.engine import step_profile, trainer
-from asag.engine.profiling import PhaseTimer
+from asag.engine.profiling import PhaseTimer, device_busy_ms
 from asag.engine.step_profile import StepProfile, hints, profile_steps, render
 from asag.modeling.matching import HungarianMatcher
 
@@ -178,6 +179,41 @@ def test_command_line_with_random_images(capsys, tmp_path):
     assert benchmark.main([*words, "--opts", *tiny_options(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "1 training steps of 2 images (random)" in out and "bound by the loader" not in out
+
+
+@pytest.mark.parametrize("words", [["--mode", "inference"], ["--fold-norms"]])
+def test_a_profile_is_of_training(capsys, words):
+    assert benchmark.main([str(CONFIG), "--profile", "--device", "cpu", *words]) == 2
+    assert "--profile trains" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attribute", ["self_device_time_total", "self_cuda_time_total"])
+def test_busy_time_is_that_of_the_device_under_either_name(monkeypatch, attribute):
+    calls = []
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def key_averages(self):
+            return [SimpleNamespace(**{attribute: 1500}), SimpleNamespace(**{attribute: 500})]
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
+    assert device_busy_ms(lambda: calls.append("work")) == 2.0
+    assert calls == ["work", "synchronize"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_idle_share_on_a_gpu(tmp_path):
+    profile, _ = run(tmp_path, MODEL__DEVICE="cuda")
+    assert 0 < profile.idle_share < 1  # a model this small is bound by launches
 
 
 def test_thresholds_are_documented(capsys):

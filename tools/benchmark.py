@@ -310,6 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here; use --device cpu")
+        if args.profile and (args.fold_norms or args.mode != "both"):
+            raise ValueError("--profile trains; leave out --mode and --fold-norms")
         if args.fold_norms and args.mode != "inference":
             raise ValueError("--fold-norms is for inference; add --mode inference")
         if args.profile:
