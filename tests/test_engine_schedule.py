@@ -102,6 +102,17 @@ def test_short_training_shortens_the_warm_up():
     assert "warm-up shortened from 100 to 10" in schedule.summary()
 
 
+def test_a_rate_for_another_batch_is_told():
+    cfg = cfg_with(BASE_LR=1e-4, REFERENCE_BATCH=16, IMS_PER_BATCH=4)
+    resolved, schedule = resolve_schedule(cfg, 100)
+    assert "is meant for batch 16 (SOLVER.REFERENCE_BATCH), the batch is 4" in schedule.summary()
+    assert "is meant for" not in resolve_schedule(resolved, 100)[1].summary()
+    cfg.SOLVER.SCALE_LR = "sqrt"
+    assert "is meant for" not in resolve_schedule(cfg, 100)[1].summary()
+    cfg.SOLVER.REFERENCE_BATCH = 4
+    assert "is meant for" not in resolve_schedule(cfg, 100)[1].summary()
+
+
 def test_warns_of_a_learning_rate_of_another_world():
     recipe = cfg_with(BASE_LR=2.5e-5, REFERENCE_BATCH=16)
     cfg = cfg_with(BASE_LR=0.02, REFERENCE_BATCH=16, IMS_PER_BATCH=16)

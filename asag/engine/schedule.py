@@ -98,6 +98,12 @@ def resolve_schedule(
             f"SOLVER.BASE_LR {solver.BASE_LR:.4g} for batch {solver.REFERENCE_BATCH} becomes "
             f"{base_lr:.4g} for batch {solver.IMS_PER_BATCH} (SOLVER.SCALE_LR {solver.SCALE_LR})"
         )
+    elif solver.IMS_PER_BATCH != solver.REFERENCE_BATCH:
+        notes.append(
+            f"SOLVER.BASE_LR {base_lr:.4g} is meant for batch {solver.REFERENCE_BATCH} "
+            f"(SOLVER.REFERENCE_BATCH), the batch is {solver.IMS_PER_BATCH}; SOLVER.SCALE_LR "
+            "linear (or sqrt) adapts it"
+        )
     iterations, steps = solver.MAX_ITER, tuple(solver.STEPS)
     if solver.EPOCHS > 0:
         per_epoch = num_images / solver.IMS_PER_BATCH
