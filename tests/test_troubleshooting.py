@@ -7,14 +7,17 @@ import ast
 import functools
 import re
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 from engine_support import register_tiny_shapes, tiny_options, write_coco_folder
 
 from asag import get_asag_cfg
+from asag.engine import launch
 from asag.engine.launch import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,3 +215,17 @@ def test_a_refused_resume_leaves_the_run_as_it_is(tmp_path, capsys):
     assert main([*data, "--resume", *larger]) == 2
     assert "tensors have other shapes than in the model" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files} == files
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_process_that_fails_alone_says_why(tmp_path, monkeypatch, capsys, first):
+    """The first process speaks at once, others only if it has not ended them meanwhile."""
+    waited = []
+    monkeypatch.setattr(comm, "is_main_process", lambda: first)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(launch, "_set_up", lambda cfg: None)
+    args = build_parser().parse_args(["--eval-only", *tiny_options(tmp_path)])
+    cfg, recipe = launch.configure(args)
+    assert launch.run(args, cfg, recipe) == 2
+    assert "error: --eval-only needs the weights" in capsys.readouterr().err
+    assert waited == ([] if first else [launch.GRACE])

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,9 @@ from .trainer import Trainer
 
 DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
 COMPLAINT = 2  # exit code when the user can mend it
+# Seconds that other processes wait for the first one to complain: where it does, the launcher ends
+# them meanwhile, and the message stands there once.
+GRACE = 5.0
 
 EPILOG = f"""
 --config-file takes a path or a file below configs/ (default {DEFAULT_CONFIG}),
@@ -245,7 +249,9 @@ def run(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> int:
     except (NonFiniteLossError, NotEnoughMemoryError, SampleError) as error:
         return complain(error)
     except (ValueError, KeyError, OSError) as error:
-        return complain(error) if comm.is_main_process() else COMPLAINT
+        if not comm.is_main_process():
+            time.sleep(GRACE)
+        return complain(error)
     return 0
 
 
