@@ -50,7 +50,7 @@ DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
 COMPLAINT = 2  # exit code when the user can mend it
 # Seconds that other processes wait for the first one to complain: where it does, the launcher ends
 # them meanwhile, and the message stands there once.
-GRACE = 5.0
+GRACE = 15.0
 
 EPILOG = f"""
 --config-file takes a path or a file below configs/ (default {DEFAULT_CONFIG}),
