@@ -20,8 +20,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from .checkpoint.loading import PartialWeightsError, PublishedCheckpointer
-from .checkpoint.reading import UnreadableError
+from .checkpoint.loading import load_weights
 from .data.mapper import eval_augmentations
 
 logger = logging.getLogger(__name__)
@@ -166,32 +165,6 @@ class Predictor:
         for members in groups.values():
             for start in range(0, len(members), self.batch_size):
                 yield members[start : start + self.batch_size]
-
-
-def load_weights(model: nn.Module, path: str, *, use_average: bool = True) -> dict[str, Any]:
-    """Loads a checkpoint whole.
-
-    Args:
-        model: the detector.
-        path: file, or any address of `checkpoint.download`.
-        use_average: take averaged weights (SOLVER.EMA) where the file holds them.
-
-    Returns:
-        What the checkpoint holds besides the model, such as `class_names`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        DownloadError: it cannot be downloaded.
-        ValueError: unreadable, or not of this model; the message names file, tensor and way out.
-    """
-    checkpointer = PublishedCheckpointer(model, save_to_disk=False)
-    checkpointer.use_average, checkpointer.whole = use_average, True
-    try:
-        return checkpointer.load(path)
-    except (UnreadableError, PartialWeightsError):
-        raise
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"weights {path} do not fit the configuration: {error}") from error
 
 
 def find_class_names(cfg: CfgNode, checkpoint: dict[str, Any]) -> list[str]:

@@ -11,10 +11,10 @@ from detectron2.utils.env import seed_all_rng
 from engine_support import losses, register_tiny_shapes, tiny_cfg
 from torch import nn
 
-from asag.checkpoint.loading import PublishedCheckpointer
+from asag.checkpoint.loading import PublishedCheckpointer, load_weights
 from asag.engine import Trainer
 from asag.engine.ema import WeightAverage
-from asag.predictor import Predictor, load_weights
+from asag.predictor import Predictor
 
 EMA = {"SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 0.7}
 

@@ -16,9 +16,9 @@ from detectron2.modeling import build_model
 from flops import count_flops
 
 from asag import load_config, model_zoo
+from asag.checkpoint.loading import load_weights
 from asag.model_zoo import entries
 from asag.model_zoo.entries import WEIGHTS, config_files, read
-from asag.predictor import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = "sparse_rcnn_tiny_shapes"

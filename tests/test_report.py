@@ -48,7 +48,7 @@ from asag.report.run import differences
 from asag.structures import ImageSizes
 
 ROOT = Path(__file__).resolve().parents[1]
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "wbr"}
 
 
 class Page(HTMLParser):

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 from asag import load_config
 from asag.checkpoint.detr import UNUSED_CATEGORIES
 from asag.checkpoint.layouts import recognise
-from asag.checkpoint.loading import to_library_names
+from asag.checkpoint.loading import load_weights, to_library_names
 from asag.checkpoint.reading import read_checkpoint
 from asag.modeling.layers.boxes import xyxy_to_cxcywh
 from asag.modeling.layers.position_encoding import inverse_sigmoid
-from asag.predictor import load_weights
 from asag.structures import ImageSizes
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

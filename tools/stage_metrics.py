@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
 
+from asag.checkpoint.loading import load_weights  # noqa: E402
 from asag.engine import datasets  # noqa: E402
 from asag.engine.launch import (  # noqa: E402
     build_parser,
@@ -32,7 +33,6 @@ from asag.engine.launch import (  # noqa: E402
     use_data,
 )
 from asag.engine.trainer import Trainer  # noqa: E402
-from asag.predictor import load_weights  # noqa: E402
 
 
 def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from .class_heads import adopt_classes, class_heads, coco_row_names
 from .detr import CLASSIFIER, PUBLISHED_COLUMNS, UNUSED_CATEGORIES, keep_used_classes
 from .download import local_file
 from .layouts import LAYOUTS, OURS, recognise
-from .reading import read_checkpoint
+from .reading import UnreadableError, read_checkpoint
 from .report import BATCH_COUNTER, LoadedFile
 from .resnet import image_classifier_to_ours, is_image_classifier
 from .swin import swin_to_ours
@@ -194,3 +194,29 @@ def _holds_average(loaded: Mapping[str, Any]) -> bool:
     """Whether "ema" is what this library writes: all of the model, under the same names."""
     average = loaded.get("ema")
     return isinstance(average, Mapping) and average.keys() == loaded["model"].keys()
+
+
+def load_weights(model: nn.Module, path: str, *, use_average: bool = True) -> dict[str, Any]:
+    """Loads a checkpoint whole.
+
+    Args:
+        model: the detector.
+        path: file, or any address of `download`.
+        use_average: take averaged weights (SOLVER.EMA) where the file holds them.
+
+    Returns:
+        What the checkpoint holds besides the model, such as `class_names`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        DownloadError: it cannot be downloaded.
+        ValueError: unreadable, or not of this model; the message names file, tensor and way out.
+    """
+    checkpointer = PublishedCheckpointer(model, save_to_disk=False)
+    checkpointer.use_average, checkpointer.whole = use_average, True
+    try:
+        return checkpointer.load(path)
+    except (UnreadableError, PartialWeightsError):
+        raise
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"weights {path} do not fit the configuration: {error}") from error

@@ -21,6 +21,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from ..checkpoint.loading import load_weights
 from ..config_checks import check_config
 from ..config_loading import find_config, load_config
 from ..data import (
@@ -32,10 +33,10 @@ from ..data import (
 )
 from ..files import atomic_writer
 from ..modeling.tta import check_test_augmentation
-from ..predictor import load_weights
 from . import datasets
 from .checkpointer import AtomicCheckpointer
 from .hooks import BEST_WEIGHTS, FINAL_WEIGHTS, box_ap
+from .log_files import keep_files_plain
 from .loss_log import NonFiniteLossError
 from .memory import NotEnoughMemoryError
 from .overfit import STEPS, run_check
@@ -338,7 +339,7 @@ def _set_up(cfg: CfgNode) -> None:
     rank = comm.get_rank()
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     for name in ("fvcore", "detectron2", "asag"):
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name)
+        keep_files_plain(setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name))
     if comm.is_main_process():
         with atomic_writer(Path(cfg.OUTPUT_DIR) / "environment.txt") as file:
             file.write(collect_env_info() + "\n")

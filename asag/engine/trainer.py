@@ -35,12 +35,14 @@ from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
 from .optimizer import build_optimizer
 from .pictures import save_pictures
+from .progress import TrainingProgress, watched
 from .reporting import report_training
 from .resuming import ResumableTrainer
 from .rng import preserved_rng, set_rng_state
 from .schedule import resolve_schedule
 from .step import TrainStep, amp_dtype, build_clipper, unwrap
 from .validation import validation_losses
+from .wandb_writer import import_wandb
 from .writers import build_writers
 
 LOG_PERIOD = 20  # iterations between two lines of the log
@@ -80,6 +82,8 @@ class Trainer(ResumableTrainer):
         self.cfg, self.schedule = resolve_schedule(cfg, len(self.dataset_dicts), recipe=recipe)
         cfg = self.cfg
         _check_batch(cfg)
+        if cfg.LOGGING.WANDB:
+            import_wandb(cfg.LOGGING.WANDB)  # on all processes, so that all of them end
         datasets.check_registered(cfg, need_train=not own)
         datasets.check_classes(cfg)
         if cfg.TEST.AUG.ENABLED:
@@ -162,7 +166,7 @@ class Trainer(ResumableTrainer):
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         """Detectron2's loader: every image once, shared out among the processes."""
         mapper = SparseDetectionMapper(cfg, is_train=False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        return watched(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def build_evaluator(
@@ -176,18 +180,25 @@ class Trainer(ResumableTrainer):
         return datasets.build_evaluator(dataset_name, folder)
 
     def build_writers(self) -> list[EventWriter]:
-        """Console, metrics.json, TensorBoard."""
+        """Console, metrics.json, TensorBoard, and what LOGGING.* asks for."""
         per_epoch = self.schedule.images / self.schedule.batch
-        return build_writers(self.cfg.OUTPUT_DIR, max_iter=self.max_iter, iters_per_epoch=per_epoch)
+        return build_writers(
+            self.cfg.OUTPUT_DIR,
+            max_iter=self.max_iter,
+            iters_per_epoch=per_epoch,
+            cfg=self.cfg,
+        )
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Timer, learning rate, checkpoints, evaluation, writers: in this order after a step.
+        """Timer, learning rate, progress bar, checkpoints, evaluation, writers: in this order after
+        a step.
 
         The checkpoint comes first: should the evaluation fail, nothing of the training is lost.
         """
         found: list[HookBase | None] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(self.optimizer, self.scheduler),
+            TrainingProgress.if_on_terminal(),
             Checkpointing(self.cfg.SOLVER.CHECKPOINT_PERIOD),
         ]
         if self.cfg.DATASETS.TEST:

@@ -54,8 +54,8 @@ def get(
         ValueError: `pretrained` is True but no weights come with the library, or the weights are
             not of this model.
     """
-    # The predictor is loaded late: names and figures are to be had without it.
-    from ..predictor import load_weights
+    # Loaded late: names and figures are to be had without it.
+    from ..checkpoint.loading import load_weights
 
     cfg = config(name, ["MODEL.DEVICE", choose_device(device)])
     if pretrained is True:

@@ -35,12 +35,16 @@ class Truth:
     def of(cls, entry: Mapping[str, Any]) -> Truth:
         """Annotations of one of Detectron2's dataset dicts."""
         annotations = entry.get("annotations", [])
-        boxes = [
-            BoxMode.convert(list(a["bbox"]), BoxMode(int(a["bbox_mode"])), BoxMode.XYXY_ABS)
-            for a in annotations
-        ]
+        boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
+        modes = [BoxMode(a["bbox_mode"]) for a in annotations]
+        for mode in {*modes} - {BoxMode.XYXY_ABS}:
+            rows = [x is mode for x in modes]
+            if mode is BoxMode.XYWH_ABS:  # what COCO has; a hundred times as fast as `convert`
+                boxes[rows, 2:] += boxes[rows, :2]
+            else:
+                boxes[rows] = BoxMode.convert(boxes[rows], mode, BoxMode.XYXY_ABS)
         return cls(
-            np.array(boxes, dtype=np.float64).reshape(-1, 4),
+            boxes,
             np.array([a["category_id"] for a in annotations], dtype=np.int64),
             np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool),
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .html import Html, note, tag
 
 WIDTH, HEIGHT = 380, 230  # of the drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 50, 18, 10, 38  # margins for ticks and labels
+LEFT, RIGHT, TOP, BOTTOM = 58, 18, 10, 38  # margins for ticks and labels
 COLORS = 8  # classes c0 ... c7 of the style sheet; beyond that, lines are dashed
 MAX_POINTS = 240  # of a line; longer ones become means of neighbouring points
 

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-VOID = {"img", "meta"}  # elements without an end
+VOID = {"img", "meta", "wbr"}  # elements without an end
 
 
 class Html(str):

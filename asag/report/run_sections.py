@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping
 
@@ -108,10 +109,9 @@ def _accuracies(series: Series) -> list[Line]:
 def configuration(run: Run) -> Html:
     """What differs from the recipe, then everything."""
     source, changes = run.changes()
-    rows = [(key, _text(before), _text(now)) for key, (before, now) in changes.items()]
-    compared = table(
-        ["key", "recipe", "this run"], rows, wide_text=True, caption=f"Differences from {source}"
-    )
+    rows = [(_breakable(key), _text(now), _text(before)) for key, (before, now) in changes.items()]
+    header = ["key", "this run", "recipe" if run.record else "default"]
+    compared = table(header, rows, wide_text=True, caption=f"Differences from {source}")
     if not rows:
         compared = tag("p", f"Nothing differs from {source}.")
     elif run.record is None:
@@ -128,6 +128,12 @@ def environment(run: Run) -> Html:
         return section("Environment", note("There is no environment.txt in the folder."))
     text = tag("pre", run.environment, tabindex="0")
     return section("Environment", details("Machine and packages (environment.txt)", text))
+
+
+def _breakable(key: str) -> Html:
+    """A key that narrow screens break behind its dots and underscores."""
+    parts = re.findall(r"[^._]+[._]*", key)
+    return join(*(x for part in parts for x in (part, tag("wbr"))))
 
 
 def _text(value: object) -> str:

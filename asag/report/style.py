@@ -73,7 +73,7 @@ svg circle { fill: currentColor; }
 .legend .dashed::before { border-top-style: dashed; }
 .scroll { overflow-x: auto; margin: 0 0 16px; }
 table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: 0 0 6px; }
+caption { text-align: left; font-weight: 600; padding: 0 0 6px; overflow-wrap: anywhere; }
 th, td {
   padding: 5px 14px; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap;
@@ -83,7 +83,7 @@ thead th { color: var(--soft); font-weight: 600; font-size: .8125rem; }
 tbody th { font-weight: 500; }
 tbody tr:nth-child(even) { background: var(--stripe); }
 .words td, .words th {
-  text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 7em;
+  text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 5em;
 }
 .note {
   background: var(--note); border-left: 3px solid var(--note-line); padding: 8px 12px;
@@ -107,6 +107,8 @@ figcaption { margin-bottom: 6px; overflow-wrap: anywhere; }
   section { padding: 16px 14px; border-radius: 8px; }
   h1 { font-size: 1.4rem; }
   th, td { padding: 5px 9px; }
+  .words { font-size: .8125rem; }
+  .words th, .words td { padding: 5px 6px; }
 }
 @media print { section { break-inside: avoid; } nav { display: none; } }
 """

@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from asag.checkpoint.asag import ASAG
+from asag.checkpoint.asag import ASAG_A, ASAG_S
 from asag.modeling.proposals.asag.anchors import (
     AdaptiveAnchorGenerator,
     GeneratedAnchors,
@@ -31,7 +31,8 @@ KINDS = {"generated": PatchKind.GENERATED, "gt": PatchKind.GROUND_TRUTH, "random
 
 def load(module: nn.Module, state: dict[str, Tensor], theirs: str, ours: str) -> None:
     """Loads a part of a published state dict: `theirs` in front of their names, `ours` of ours."""
-    renamed = ASAG.to_ours({theirs + name: value for name, value in state.items()})
+    table = ASAG_S if any(name.startswith("head_series.") for name in state) else ASAG_A
+    renamed = table.to_ours({theirs + name: value for name, value in state.items()})
     module.load_state_dict({name.removeprefix(ours): value for name, value in renamed.items()})
     module.eval()
 
