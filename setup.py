@@ -53,6 +53,7 @@ setup(
         "fast": ["faster-coco-eval>=1.6"],
         "backbones": ["timm>=1.0"],
         "visual": ["matplotlib>=3.7", "opencv-python-headless>=4.7", "tensorboard>=2.12"],
+        "wandb": ["wandb"],
         "export": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"],
         "dev": [
             "pytest>=8",

@@ -218,7 +218,7 @@ def test_same_seed_gives_equal_models_and_batches():
 @pytest.mark.parametrize(
     "arguments, complaint",
     [
-        (["nowhere.yaml", *SMALL], "nowhere.yaml"),
+        (["nowhere.yaml", *SMALL], "nowhere.yaml: no such file"),
         ([f"{TINY}@MODEL.DECODER.NUM_HEADS=5", *SMALL], "MODEL.DECODER.NUM_HEADS"),
         ([f"{TINY}@MODEL.DECODER.NUM_HEADS", *SMALL], "pairs KEY VALUE"),
         ([TINY, *SMALL[:-1], "cuda"], "--device cpu"),

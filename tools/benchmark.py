@@ -33,6 +33,7 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
 from asag import load_config  # noqa: E402
+from asag.config_loading import find_config  # noqa: E402
 from asag.engine.optimizer import build_optimizer  # noqa: E402
 from asag.engine.profiling import (  # noqa: E402
     PhaseTimer,
@@ -134,7 +135,8 @@ def arm_config(spec: str, args: argparse.Namespace) -> CfgNode:
     options = [word for pair in own for word in pair.split("=", 1)]
     flags = {"MODEL.CHANNELS_LAST": args.channels_last, "MODEL.COMPILE": args.compile}
     common = [word for key, on in flags.items() if on for word in (key, "True")]
-    return load_config(path, [*common, *args.opts, *options, "MODEL.DEVICE", args.device])
+    options = [*common, *args.opts, *options, "MODEL.DEVICE", args.device]
+    return load_config(str(find_config(path)), options)
 
 
 def random_batch(

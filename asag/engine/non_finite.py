@@ -267,7 +267,7 @@ class NonFiniteGuard:
         self._skipped.append(step.iteration)
         logger.warning(
             f"step {self.num_skips} of at most {self.max_skips} (SOLVER.NON_FINITE.MAX_SKIPS) was "
-            f"left out: {message}"
+            f"left out, iteration {step.iteration}: {message.partition(': ')[2]}"
         )
 
     def _write(self, step: _Step, what: str, values: Mapping[str, float]) -> Path:
