@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from pycocotools.coco import COCO
 
 from asag.engine import Trainer
 from asag.engine.datasets import build_evaluator
-from asag.engine.hooks import BestResult, box_ap
+from asag.engine.hooks import BestResult, Curves, box_ap
 from asag.engine.pictures import save_pictures, spread
 from asag.engine.writers import ConsolePrinter
 from asag.evaluation.coco import CocoBoxEvaluator, choose_backend, evaluate_boxes
@@ -139,6 +140,21 @@ def test_training_evaluates_logs_and_keeps_the_best(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert lines[-1]["iteration"] == 4 and {"total_loss", "lr", "bbox/AP"} <= set(lines[-1])
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_curves_follow_the_evaluations(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("asag.engine.hooks.save_curves", lambda folder: drawn.append(str(folder)))
+    trainer = SimpleNamespace(cfg=SimpleNamespace(OUTPUT_DIR="here"), iter=0, max_iter=60)
+    for period, expected in ((30, [40]), (20, [20, 40]), (0, [])):
+        hook, seen = Curves(period, 20), []
+        hook.trainer = trainer
+        for iteration in range(trainer.max_iter):
+            trainer.iter = iteration
+            drawn.clear()
+            hook.after_step()
+            seen += [iteration + 1] * len(drawn)
+        assert seen == expected  # once the numbers are written; the end is not the hook's
 
 
 def test_box_ap_of_several_data_sets():

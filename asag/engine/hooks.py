@@ -1,4 +1,4 @@
-"""Hooks for what happens between steps: checkpoints and evaluation."""
+"""Hooks for what happens between steps: checkpoints, evaluation, curves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from ..files import atomic_writer
+from .pictures import save_curves
 
 BEST_FILE = "best.json"
 BEST_WEIGHTS = "model_best"
@@ -110,6 +111,30 @@ class Evaluation(HookBase):
         self.trainer.best = BestResult(ap, done)
         self.trainer.save_weights(BEST_WEIGHTS)
         self.trainer.best.write(self.trainer.cfg.OUTPUT_DIR)
+
+
+class Curves(HookBase):
+    """Draws `curves.png` anew once an evaluation's numbers are in `metrics.json`.
+
+    Runs on the main process, behind the writers. The last drawing is the program's, when all is
+    written.
+    """
+
+    def __init__(self, eval_period: int, log_period: int) -> None:
+        """
+        Args:
+            eval_period: iterations between evaluations; 0: no evaluation before the end.
+            log_period: iterations between two lines of `metrics.json`.
+        """
+        self._eval_period, self._log_period = eval_period, log_period
+        self._pending = False
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        self._pending |= self._eval_period > 0 and done % self._eval_period == 0
+        if self._pending and done % self._log_period == 0 and done < self.trainer.max_iter:
+            self._pending = False
+            save_curves(Path(self.trainer.cfg.OUTPUT_DIR))
 
 
 def box_ap(results: Mapping[str, Any]) -> float | None:

@@ -29,7 +29,7 @@ from . import datasets
 from .checkpointer import AtomicCheckpointer
 from .early_stopping import EarlyStopping
 from .ema import WeightAverage
-from .hooks import BestResult, Checkpointing, Evaluation
+from .hooks import BestResult, Checkpointing, Curves, Evaluation
 from .loss_log import LossLog
 from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
@@ -190,8 +190,8 @@ class Trainer(ResumableTrainer):
         )
 
     def build_hooks(self) -> list[HookBase | None]:
-        """Timer, learning rate, progress bar, checkpoints, evaluation, writers: in this order after
-        a step.
+        """Timer, learning rate, progress bar, checkpoints, evaluation, writers, curves: in this
+        order after a step.
 
         The checkpoint comes first: should the evaluation fail, nothing of the training is lost.
         """
@@ -206,6 +206,7 @@ class Trainer(ResumableTrainer):
         found.append(EarlyStopping.from_config(self.cfg))
         if comm.is_main_process():
             found.append(hooks.PeriodicWriter(self.build_writers(), period=LOG_PERIOD))
+            found.append(Curves(self.cfg.TEST.EVAL_PERIOD, LOG_PERIOD))
         return found
 
     # Running.
