@@ -129,7 +129,7 @@ def test_command_line_compares_runs(
     printed = capsys.readouterr().out
     assert status == 0 and output.is_file() and losses.is_file()
     assert "| 20 | 100 | 400 (4.00x) |" in printed
-    assert "| 30 | 150 | not reached |" in printed
+    assert "| 30 | 150 | > 400 (> 2.67x) |" in printed
     assert "| best | 40.00 | 20.00 |" in printed
     assert convergence.main([f"A={fast}", f"B={slow}", "--output", str(output)]) == 0
     assert "| 18 |" in capsys.readouterr().out  # nine tenths of the weaker run

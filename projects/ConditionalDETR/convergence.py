@@ -5,7 +5,8 @@
         "Conditional DETR=output/conditional/metrics.json" "DETR=output/detr/metrics.json"
 
 The table says at which iteration each run first reaches a level, read off the straight lines
-between evaluations, and how many times the iterations of the first run that is. With --losses
+between evaluations, and how many times the iterations of the first run that is; "> 500" of a run
+that ended there without reaching it. With --losses
 the four panels of losses and rates are drawn as well.
 """
 
@@ -60,11 +61,12 @@ def reached(points: Points, level: float) -> float | None:
 def default_levels(runs: dict[str, Points]) -> list[float]:
     """A quarter, half, three quarters and nine tenths of what the weakest run reaches."""
     common = min(max(value for _, value in points) for points in runs.values())
-    return [round(share * common, 1) for share in DEFAULT_SHARES]
+    return [float(f"{share * common:.2g}") for share in DEFAULT_SHARES]
 
 
 def table(runs: dict[str, Points], levels: Sequence[float]) -> str:
-    """Markdown: a row a level; iterations of each run and their ratio to the first run's."""
+    """Markdown: a row a level; iterations of each run and their ratio to the first run's, or what
+    both exceed where a run ended below the level."""
     lines = [
         "| AP | " + " | ".join(runs) + " |",
         "|---|" + "---|" * len(runs),
@@ -74,8 +76,9 @@ def table(runs: dict[str, Points], levels: Sequence[float]) -> str:
         for i, points in enumerate(runs.values()):
             at = reached(points, level)
             base = at if i == 0 else base
-            ratio = f" ({at / base:.2f}x)" if i and at is not None and base else ""
-            cells.append("not reached" if at is None else f"{at:.0f}{ratio}")
+            more, count = ("", at) if at is not None else ("> ", points[-1][0])
+            ratio = f" ({more}{count / base:.2f}x)" if i and base else ""
+            cells.append(f"{more}{count:.0f}{ratio}")
         lines.append(f"| {level:g} | " + " | ".join(cells) + " |")
     best = (f"{max(v for _, v in points):.2f}" for points in runs.values())
     lines.append("| best | " + " | ".join(best) + " |")
