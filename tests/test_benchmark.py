@@ -204,6 +204,16 @@ def test_whole_run(capsys, tmp_path):
     assert "A: " in out and "B: " in out and "x)" in out
 
 
+def test_one_arm_with_folded_norms(capsys, tmp_path):
+    target = tmp_path / "figures.json"
+    arms = [f"{TINY}@fold-norms", TINY, "--mode", "inference"]
+    assert benchmark.main([*arms, *SMALL, "--json", str(target)]) == 0
+    folded, plain = json.loads(target.read_text())["arms"]
+    assert folded["parameters"] != plain["parameters"]
+    assert benchmark.main([f"{TINY}@fold-norms", *SMALL]) == 2
+    assert "--mode inference" in capsys.readouterr().err
+
+
 def test_same_seed_gives_equal_models_and_batches():
     args = benchmark.parse([TINY, *SMALL, "--objects", "3"])
     one, two = benchmark.Arm(TINY, args), benchmark.Arm(TINY, args)

@@ -4,6 +4,7 @@
     python tools/benchmark.py configs/SparseRCNN/sparse_rcnn_tiny.yaml --size 128x160
     python tools/benchmark.py A.yaml B.yaml --device cuda --batch 16 --amp bfloat16 --json out.json
     python tools/benchmark.py A.yaml A.yaml@MODEL.CHANNELS_LAST=True   # one option against another
+    python tools/benchmark.py A.yaml A.yaml@fold-norms --mode inference
     python tools/benchmark.py --profile A.yaml    # where a real training step spends its time
 
 The arms take turns (A B A B ...), so that a machine that warms up or is shared treats them alike.
@@ -51,6 +52,7 @@ from asag.engine.step_profile import render as render_profile  # noqa: E402
 from asag.modeling.deploy import fold_batch_norms  # noqa: E402
 
 MODES = ("inference", "training")
+FOLD_NORMS = "fold-norms"
 
 
 class Arm:
@@ -59,7 +61,7 @@ class Arm:
     def __init__(self, spec: str, args: argparse.Namespace) -> None:
         """
         Args:
-            spec: path of a yaml file, then any number of "@KEY=VALUE".
+            spec: path of a yaml file, then any number of "@KEY=VALUE", and "@fold-norms".
             args: of the command line.
         """
         cfg = arm_config(spec, args)
@@ -67,7 +69,7 @@ class Arm:
         self.name = spec
         self.amp = AMP_DTYPES.get(args.amp)
         self.model = build_model(cfg)
-        if args.fold_norms:
+        if folds_norms(spec, args):
             fold_batch_norms(self.model.eval().backbone)
         self.optimizer = build_optimizer(cfg, self.model)
         self.timer = PhaseTimer(self.model, self.optimizer)
@@ -129,10 +131,15 @@ class Arm:
         return result
 
 
+def folds_norms(spec: str, args: argparse.Namespace) -> bool:
+    """Whether this arm, or every one, has its norms folded into the convolutions."""
+    return args.fold_norms or FOLD_NORMS in spec.split("@")
+
+
 def arm_config(spec: str, args: argparse.Namespace) -> CfgNode:
     """The configuration of "FILE@KEY=VALUE...", with the options of the command line."""
     path, *own = spec.split("@")
-    options = [word for pair in own for word in pair.split("=", 1)]
+    options = [word for pair in own if pair != FOLD_NORMS for word in pair.split("=", 1)]
     flags = {"MODEL.CHANNELS_LAST": args.channels_last, "MODEL.COMPILE": args.compile}
     common = [word for key, on in flags.items() if on for word in (key, "True")]
     options = [*common, *args.opts, *options, "MODEL.DEVICE", args.device]
@@ -283,7 +290,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--tf32", action="store_true", help="allow TF32 products (CUDA)")
     add("--channels-last", action="store_true", help="MODEL.CHANNELS_LAST for all arms")
-    add("--fold-norms", action="store_true", help="into convolutions, for --mode inference")
+    add(
+        "--fold-norms",
+        action="store_true",
+        help="into convolutions, of all arms, for --mode inference",
+    )
     add("--compile", action="store_true", help="MODEL.COMPILE for all arms")
     add("--seed", type=int, default=0)
     add("--json", metavar="FILE", help="write all figures there as well")
@@ -314,8 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("there is no CUDA device here; use --device cpu")
         if args.profile and (args.fold_norms or args.mode != "both"):
             raise ValueError("--profile trains; leave out --mode and --fold-norms")
-        if args.fold_norms and args.mode != "inference":
-            raise ValueError("--fold-norms is for inference; add --mode inference")
+        folded = any(folds_norms(spec, args) for spec in args.configs)
+        if folded and args.mode != "inference":
+            raise ValueError("fold-norms is for inference; add --mode inference")
         if args.profile:
             profiles = [profile(spec, args) for spec in args.configs]
             write_json(args, {"device": device_name(args.device), "profiles": profiles})
