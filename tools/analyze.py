@@ -23,12 +23,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from asag import load_config  # noqa: E402
+
 import torch  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
 from flops import Count, count_flops, count_parameters, rooms  # noqa: E402
-
-from asag import load_config  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

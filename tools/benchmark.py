@@ -27,12 +27,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-import torch  # noqa: E402
-from analyze import image_size  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
-
 from asag import load_config  # noqa: E402
 from asag.config_loading import find_config  # noqa: E402
 from asag.engine.optimizer import build_optimizer  # noqa: E402
@@ -50,6 +44,12 @@ from asag.engine.step_profile import (  # noqa: E402
 )
 from asag.engine.step_profile import render as render_profile  # noqa: E402
 from asag.modeling.deploy import fold_batch_norms  # noqa: E402
+
+import torch  # noqa: E402
+from analyze import image_size  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
+from detectron2.structures import Boxes, Instances  # noqa: E402
 
 MODES = ("inference", "training")
 FOLD_NORMS = "fold-norms"

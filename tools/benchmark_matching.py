@@ -15,15 +15,15 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from asag.modeling.matching.cost import MatchingCost
 from asag.modeling.matching.hungarian import HungarianMatcher
 from asag.modeling.matching.optimal_transport import OptimalTransportMatcher
 from asag.modeling.matching.transport_reference import reference_sinkhorn
 from asag.structures import Predictions, Targets
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PER_IMAGE = "per_image_sinkhorn"
 

@@ -25,14 +25,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from asag.modeling.layers.roi_align import PyramidRoIAlign  # noqa: E402
+
 import torch  # noqa: E402
 from analyze import image_size  # noqa: E402
 from benchmark import device_name, positive  # noqa: E402
 from detectron2.modeling.poolers import ROIPooler  # noqa: E402
 from detectron2.structures import Boxes  # noqa: E402
 from torch import Tensor  # noqa: E402
-
-from asag.modeling.layers.roi_align import PyramidRoIAlign  # noqa: E402
 
 STRIDES = (4, 8, 16, 32)
 PHASES = ("forward", "backward", "total")

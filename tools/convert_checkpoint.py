@@ -21,13 +21,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
 from asag.checkpoint.layouts import LAYOUTS, TRANSFORMERS, ConversionError, convert  # noqa: E402
 from asag.checkpoint.reading import read_checkpoint  # noqa: E402
 from asag.files import atomic_path  # noqa: E402
+
+import safetensors.torch  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 SAFETENSORS, PICKLES = ".safetensors", (".pth", ".pt", ".bin")
 LISTED = 20  # names, at most, that a message lists

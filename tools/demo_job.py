@@ -11,11 +11,7 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from pathlib import Path
-
-# fvcore's losses are scripted; torch's advice is for its authors, not for those who train.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
 

@@ -9,6 +9,7 @@ required is broken); the remedy follows on the next line. The exit status is 1 w
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.machinery
 import importlib.metadata
@@ -219,9 +220,9 @@ def _nvidia_driver() -> str | None:
 def check_step(config: Path = TINY_CONFIG) -> Iterator[Line]:
     """One training step and one inference of a tiny Sparse R-CNN, built from its config."""
     try:
-        import torch
-
         from asag import load_config
+
+        import torch
 
         cfg = load_config(str(config))
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -304,4 +305,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help alone
     sys.exit(main())

@@ -28,9 +28,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-
 from asag import __version__, load_config  # noqa: E402
 from asag.checkpoint.loading import load_weights  # noqa: E402
 from asag.config_loading import find_config  # noqa: E402
@@ -46,6 +43,9 @@ from asag.export import (  # noqa: E402
 )
 from asag.export.onnx_file import require_packages  # noqa: E402
 from asag.predictor import find_class_names  # noqa: E402
+
+import torch  # noqa: E402
+from detectron2.modeling import build_model  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,13 +35,13 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from recorded_training import main as train
-from recorded_training import read_losses
-
 from asag.data import ShapesSpec
 from asag.data.shapes import make_shapes
 from asag.engine.checkpointer import SCRATCH_FILES
+
+import torch
+from recorded_training import main as train
+from recorded_training import read_losses
 
 CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
 CHECKPOINT_PERIOD = 1  # iterations

@@ -24,16 +24,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from torch import Tensor  # noqa: E402
-
 from asag.checkpoint.loading import load_weights  # noqa: E402
 from asag.config_loading import find_config, load_config  # noqa: E402
 from asag.engine.checkpointer import write_atomically  # noqa: E402
 from asag.engine.trainer import Trainer  # noqa: E402
 from asag.files import atomic_writer  # noqa: E402
 from asag.model_zoo.entries import WEIGHTS  # noqa: E402
+
+import torch  # noqa: E402
+from detectron2.config import CfgNode  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 MAX_BYTES = 10_000_000
 # What decides how a trained model works on a picture; all else of a run is about its training.

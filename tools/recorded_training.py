@@ -16,10 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from asag.engine import Trainer, launch
+
 from detectron2.engine import HookBase
 from detectron2.utils import comm
-
-from asag.engine import Trainer, launch
 
 LOSSES_FILE = "losses.txt"
 PROCESS_FILE = "process{rank}.txt"

@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-
-# fvcore's losses are scripted; torch's advice is for its authors, not for those who train.
-warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

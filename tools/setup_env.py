@@ -8,6 +8,7 @@ compiler, GPU or code host. The stamp file it leaves in `.venv` tells make that 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -151,4 +152,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()  # --help alone
     sys.exit(main())

@@ -20,9 +20,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
-
 from asag.checkpoint.loading import load_weights  # noqa: E402
 from asag.engine import datasets  # noqa: E402
 from asag.engine.launch import (  # noqa: E402
@@ -33,6 +30,9 @@ from asag.engine.launch import (  # noqa: E402
     use_data,
 )
 from asag.engine.trainer import Trainer  # noqa: E402
+
+from detectron2.config import CfgNode  # noqa: E402
+from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
 
 
 def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dict[str, float]]:

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from asag.evaluation.recall import average_recall, matched_overlaps
 from asag.modeling import SparseDetector
 from asag.modeling.layers.boxes import cxcywh_to_xyxy
 from asag.modeling.proposals import AdaptiveSparseAnchors
 from asag.structures import ImageSizes
+
+import numpy as np
+import torch
+from torch import Tensor
 
 Sample = dict[str, Any]
 COARSEST = 5  # level that is always used

@@ -20,6 +20,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from asag import load_config
+from asag.checkpoint.loading import PublishedCheckpointer
+from asag.data import SparseDetectionMapper, register_coco_folder
+from asag.data.mapper import eval_augmentations
+from asag.engine.datasets import check_registered
+from asag.engine.launch import choose_device, use_data
+
 import torch
 from anchor_observations import Observation, Statistics, check_model, collect, normalised, observe
 from detectron2.data import DatasetCatalog
@@ -29,13 +36,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
-
-from asag import load_config
-from asag.checkpoint.loading import PublishedCheckpointer
-from asag.data import SparseDetectionMapper, register_coco_folder
-from asag.data.mapper import eval_augmentations
-from asag.engine.datasets import check_registered
-from asag.engine.launch import choose_device, use_data
 
 LEVELS = {5: "P5 and P6", 4: "P4", 3: "P3"}
 

@@ -19,14 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-import torch
-import torch.nn.functional as F
-from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
-from torch import Tensor
-
 from asag import load_config
 from asag.checkpoint.loading import PublishedCheckpointer
 from asag.data.image_io import read_image
@@ -37,6 +29,14 @@ from asag.modeling.heads.conditional_attention import ConditionalCrossAttention
 from asag.modeling.heads.cross_attention import CrossAttention
 from asag.modeling.layers.attention import split_heads
 from asag.structures import ImageSizes
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from torch import Tensor
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from asag.visualization.curves import plot_curves, read_metrics
+
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-from asag.visualization.curves import plot_curves, read_metrics
 
 Points = list[tuple[int, float]]
 DEFAULT_SHARES = (0.25, 0.5, 0.75, 0.9)

@@ -24,6 +24,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from asag import load_config
+from asag.checkpoint.loading import PublishedCheckpointer
+from asag.data import SparseDetectionMapper, register_coco_folder
+from asag.data.mapper import eval_augmentations
+from asag.engine.datasets import check_registered
+from asag.engine.launch import choose_device, use_data
+from asag.modeling import SparseDetector
+from asag.visualization import class_color, plot_curves
+
 import numpy as np
 import torch
 from detectron2.config import CfgNode
@@ -44,15 +53,6 @@ from observations import (
     proposal_changes,
 )
 from torch import Tensor
-
-from asag import load_config
-from asag.checkpoint.loading import PublishedCheckpointer
-from asag.data import SparseDetectionMapper, register_coco_folder
-from asag.data.mapper import eval_augmentations
-from asag.engine.datasets import check_registered
-from asag.engine.launch import choose_device, use_data
-from asag.modeling import SparseDetector
-from asag.visualization import class_color, plot_curves
 
 PANELS_A_ROW = 3
 # Bars of fewer objects than this stay as narrow as they are with so many.

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from asag.modeling import SparseDetector
 from asag.modeling.proposals import DynamicProposals
 from asag.structures import ImageSizes
+
+import numpy as np
+import torch
+from torch import Tensor
 
 Sample = dict[str, Any]
 

@@ -20,13 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-import torch
-from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
-from torch import Tensor, nn
-
 from asag import load_config
 from asag.checkpoint.loading import PublishedCheckpointer
 from asag.data.image_io import read_image
@@ -34,6 +27,13 @@ from asag.engine.launch import choose_device
 from asag.modeling import SparseDetector
 from asag.modeling.heads import ChannelWeightedInteraction, IoUEnhancedSelfAttention
 from asag.modeling.heads.iou_esa import iou_prior, iou_weighted_softmax
+
+import matplotlib
+import numpy as np
+import torch
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from torch import Tensor, nn
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -12,10 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from detectron2.data import DatasetCatalog
-from PIL import Image
-
 from asag import load_config
 from asag.data import (
     CocoSplit,
@@ -24,6 +20,10 @@ from asag.data import (
     register_coco_folder,
     register_coco_splits,
 )
+
+import numpy as np
+from detectron2.data import DatasetCatalog
+from PIL import Image
 
 from .common import ROOT, Case, expect
 

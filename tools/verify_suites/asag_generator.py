@@ -8,10 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
-
 from asag.checkpoint.asag import ASAG_A, ASAG_S
 from asag.modeling.proposals.asag.anchors import (
     AdaptiveAnchorGenerator,
@@ -20,6 +16,10 @@ from asag.modeling.proposals.asag.anchors import (
 )
 from asag.modeling.proposals.asag.network import AnchorNetwork
 from asag.modeling.proposals.asag.training_patches import PatchCompletion, PatchKind
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
 
 from .asag_training import constant, read_targets, to_whwh
 from .common import Check

@@ -8,11 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import FPN, Backbone
-from torch import Tensor
-
 from asag.modeling.heads import AdaMixerStage, DynamicConvStage, ParallelHeads
 from asag.modeling.heads.deformable import DeformableStage
 from asag.modeling.heads.interaction import DynamicInteraction
@@ -28,6 +23,11 @@ from asag.modeling.proposals.asag.anchors import (
 )
 from asag.modeling.proposals.asag.block import ProposalBlock
 from asag.structures import ImageSizes, Predictions, Queries
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import FPN, Backbone
+from torch import Tensor
 
 from .asag_generator import aligned, anchor_rows, load, make_network, make_rules
 from .asag_training import to_whwh

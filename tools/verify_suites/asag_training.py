@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from asag.modeling.criterion import QueryWeightingCriterion
 from asag.modeling.layers.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from asag.modeling.layers.loss_weights import QueryWeights, negative_probability
@@ -27,6 +24,9 @@ from asag.modeling.proposals.asag.patch_targets import (
 from asag.modeling.proposals.asag.patches import centred_corners
 from asag.modeling.proposals.asag.training_patches import PatchCompletion, PatchKind, Uniform
 from asag.structures import Predictions, Queries, Targets
+
+import torch
+from torch import Tensor
 
 from .common import Check
 

@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from asag.checkpoint import IOU_SPARSE_RCNN
 from asag.modeling.heads.channel_weighting import ChannelWeightedInteraction
 from asag.modeling.heads.iou_esa import (
@@ -17,6 +14,9 @@ from asag.modeling.heads.iou_esa import (
     iou_weighted_softmax,
 )
 from asag.modeling.heads.stage import DynamicConvStage
+
+import torch
+from torch import Tensor, nn
 
 from .common import Check, UnknownCase
 from .refinement import FEATURES, GRAD, RefinementCase, load_case

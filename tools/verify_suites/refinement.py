@@ -10,10 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from detectron2.modeling import detector_postprocess
-from torch import Tensor, nn
-
 from asag.checkpoint import NameTable
 from asag.modeling.criterion import SetCriterion
 from asag.modeling.heads import DynamicConvHeads, DynamicConvStage
@@ -22,6 +18,10 @@ from asag.modeling.matching import HungarianMatcher, MatchingCost
 from asag.modeling.postprocess import select_detections
 from asag.modeling.proposals import LearnedProposals
 from asag.structures import ImageSizes, Predictions, Targets
+
+import torch
+from detectron2.modeling import detector_postprocess
+from torch import Tensor, nn
 
 from .common import Check, UnknownCase
 

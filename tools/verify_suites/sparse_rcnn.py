@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from asag.checkpoint import SPARSE_RCNN
 from asag.modeling.heads import DynamicConvStage
 from asag.modeling.heads.dynamic_conv import DynamicConv, RoIProjection
 from asag.modeling.heads.interaction import DynamicInteraction
 from asag.modeling.layers.attention import SelfAttention
+
+import torch
+from torch import nn
 
 from .common import Check, UnknownCase
 from .refinement import FEATURES, GRAD, RefinementCase, load_case
