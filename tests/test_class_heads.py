@@ -335,7 +335,7 @@ def test_fine_tuning_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Weights of three classes, data of two, one of them among the three."""
-    monkeypatch.setattr(launch, "setup_logger", lambda *_, **__: None)  # caplog listens instead
+    monkeypatch.setattr(launch, "setup_logger", lambda *_, **__: logging.getLogger("quiet"))
     caplog.set_level(logging.INFO)
     data = write_coco_folder(tmp_path / "data")
     trained = build_model(tiny_cfg(tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=3))

@@ -174,8 +174,8 @@ def execute_all(runs: list[Run], per_stage: bool, jobs: int) -> list[str]:
 
 def summarise(values: list[float]) -> str:
     """Mean and sample standard deviation."""
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{statistics.fmean(values):.1f} ± {spread:.1f}"
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def tabulate(runs: list[Run], metrics: list[str]) -> tuple[dict[str, Any], str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .class_heads import adopt_classes, class_heads, coco_row_names
 from .detr import CLASSIFIER, PUBLISHED_COLUMNS, UNUSED_CATEGORIES, keep_used_classes
 from .download import local_file
-from .layouts import LAYOUTS, OURS, recognise
+from .layouts import LAYOUTS, OURS, ConversionError, closest_layout, recognise
 from .reading import UnreadableError, read_checkpoint
 from .report import BATCH_COUNTER, LoadedFile
 from .resnet import image_classifier_to_ours, is_image_classifier
@@ -31,20 +31,55 @@ def to_library_names(
 ) -> dict[str, Tensor]:
     """Renames a published state dict if its layout is known; otherwise returns it as it is.
 
+    A detector's layout counts as known when it has a place for most of the names. The others, such
+    as buffers of a loss, keep their names, and loading reports them as left out.
+
     Args:
         state: parameter name -> tensor of a whole detector, or of a Swin Transformer or residual
             network trained on image classification.
         model_names: of the model that shall have them; weights of a residual network need them.
 
     Raises:
-        ValueError: weights of a residual network for a model without one.
+        ValueError: weights of a residual network for a model without one, or a part of a matrix is
+            missing.
     """
     if any(mark in state for mark in _SWIN_MARKS):
         return swin_to_ours(state)
     if is_image_classifier(state):
         return image_classifier_to_ours(state, model_names)
-    layout = recognise(state)
-    return LAYOUTS[layout].to_ours(state) if layout else dict(state)
+    layout, strangers = detector_layout(state)
+    if layout is None:
+        return dict(state)
+    kept = {name: state[name] for name in strangers}
+    known = {name: value for name, value in state.items() if name not in kept}
+    try:
+        return kept | LAYOUTS[layout].to_ours(known)
+    except KeyError as error:
+        raise ValueError(f"incomplete: {error.args[0]}") from error
+
+
+def detector_layout(names: Iterable[str]) -> tuple[str | None, list[str]]:
+    """The layout that has a place for most of these names, None if there is none; and the names
+    that it has no place for."""
+    names = list(names)
+    if layout := recognise(names):
+        return layout, []
+    try:
+        layout, strangers = closest_layout(names)
+    except ConversionError:
+        return None, names
+    return (layout, strangers) if 2 * len(strangers) < len(names) else (None, names)
+
+
+def source_of(names: Iterable[str]) -> str:
+    """Whose parameter names these are, for messages."""
+    names = set(names)
+    if not names.isdisjoint(_SWIN_MARKS):
+        return "an image classifier, a Swin Transformer"
+    if is_image_classifier(names):
+        return "an image classifier, a residual network"
+    layout, _ = detector_layout(names)
+    return LAYOUTS[layout].source if layout else "of no known layout"
 
 
 class PublishedCheckpointer(DetectionCheckpointer):
@@ -107,11 +142,13 @@ class PublishedCheckpointer(DetectionCheckpointer):
             self._file.layout = f"by {loaded.get('__author__')}, matched by Detectron2"
             return loaded
         wanted = self.model.state_dict().keys()
-        ours = to_library_names(loaded["model"], wanted)
+        try:
+            ours = to_library_names(loaded["model"], wanted)
+        except ValueError as error:
+            raise ValueError(f"weights {self._file.address}: {error}") from error
         if ours.keys() != self._file.names:
-            layout = recognise(self._file.names)
-            self._file.published = layout not in (None, OURS)
-            self._file.layout = LAYOUTS[layout].source if layout else "an image classifier"
+            self._file.published = detector_layout(self._file.names)[0] not in (None, OURS)
+            self._file.layout = source_of(self._file.names)
         else:
             self._file.layout = "the model's own names"
         # Frozen batch norms do not count.

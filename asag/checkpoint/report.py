@@ -15,6 +15,8 @@ COLUMNS = ("loaded", "fresh", "other shape", "left out")
 LISTED = 5  # names, at most, that stand behind the table
 
 BATCH_COUNTER = ".num_batches_tracked"  # which no result depends on
+# What a model computes by itself when it is built.
+_COMPUTED = (BATCH_COUNTER, ".relative_position_index")
 
 _IMAGE_CLASSIFIER = re.compile(r"(^|\.)(fc\d*|head|classifier)[._]")
 
@@ -53,13 +55,21 @@ class LoadReport:
 
     @property
     def backbone_only(self) -> bool:
-        """Whether the file held a backbone, perhaps with an image classifier on it, and nothing
-        else: how training usually starts."""
+        """Whether the file held a whole backbone, perhaps with an image classifier on it, and
+        nothing else: how training usually starts."""
         return (
             not self.other_shape
+            and not self.interrupted
             and all(x.startswith("backbone.") for x in self.loaded)
             and all(_IMAGE_CLASSIFIER.search(x) for x in self.left_out)
         )
+
+    @property
+    def interrupted(self) -> list[str]:
+        """Fresh tensors whose equals in other blocks came from the file, sorted: a file of a
+        shallower network, or one that lost tensors."""
+        loaded = {_without_numbers(x) for x in self.loaded}
+        return sorted(x for x in self.fresh if _without_numbers(x) in loaded)
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.fresh) + len(self.other_shape)
@@ -80,9 +90,12 @@ class LoadReport:
             lines.append(f"{name}: {tuple(given)} in the file, {tuple(expected)} in the model")
         if len(self.other_shape) > LISTED:
             lines.append(f"... and {len(self.other_shape) - LISTED} more of another shape")
+        if self.interrupted:
+            lines.append(
+                f"fresh, though others of their kind were loaded: {_some(self.interrupted)}"
+            )
         if self.left_out:
-            more = ", ..." if len(self.left_out) > LISTED else ""
-            lines.append(f"left out: {', '.join(sorted(self.left_out)[:LISTED])}{more}")
+            lines.append(f"left out: {_some(sorted(self.left_out))}")
         return "\n".join(lines)
 
     def _table(self) -> str:
@@ -99,7 +112,15 @@ class LoadReport:
 def part_of(name: str) -> str:
     """The part of a detector that a parameter belongs to: two steps of its path, numbers as *."""
     *path, _ = name.split(".")
-    return re.sub(r"\d+", "*", ".".join(path[:2])) or name
+    return _without_numbers(".".join(path[:2])) or name
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
 @dataclass
@@ -133,7 +154,7 @@ class LoadedFile:
         filled = {x for name, x in there if name not in missing}
         # A parameter with two names needs one of them only.
         second = {name for name, x in there if x in filled} & missing
-        names = {x for x in model.state_dict() if not x.endswith(BATCH_COUNTER)} - second
+        names = {x for x in model.state_dict() if not x.endswith(_COMPUTED)} - second
         other = {name for name, _, _ in wrong}
         loaded = names - missing - other
         return LoadReport(

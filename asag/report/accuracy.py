@@ -80,7 +80,10 @@ def read_detections(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file ({error}); evaluate again") from error
     needed = {"image_id", "category_id", "bbox", "score"}
-    if not isinstance(found, list) or not all(needed <= x.keys() for x in found[:1]):
+    whole = isinstance(found, list) and all(
+        isinstance(x, dict) and needed <= x.keys() for x in found
+    )
+    if not whole:
         raise ValueError(f"{path} is no list of detections ({', '.join(sorted(needed))})")
     return found
 

@@ -43,13 +43,14 @@ def line_chart(
 
     Args:
         title: heading of the figure.
-        lines: curves; those without points are left out.
+        lines: curves; points that are NaN or infinite are left out, and curves without points.
         x_label: of the horizontal axis.
         log_y: logarithmic vertical axis, if all values are positive.
         x_range, y_range: ends of the axes; default: those of the data.
         level: of the heading, 3 for <h3>.
     """
-    lines = [Line(x.name, thinned(x.points)) for x in lines if len(x.points)]
+    lines = [Line(x.name, thinned(_finite(x.points))) for x in lines]
+    lines = [x for x in lines if x.points]
     if not lines:
         return tag("figure", tag(f"h{level}", title), note("Nothing was logged."))
     values = [y for line in lines for _, y in line.points]
@@ -66,6 +67,10 @@ def line_chart(
     legend = [tag("li", line.name, class_=_style(index)) for index, line in enumerate(lines)]
     keys = tag("ul", *legend, class_="legend") if len(lines) > 1 else ""
     return tag("figure", tag(f"h{level}", title), keys, picture)
+
+
+def _finite(points: Points) -> Points:
+    return [(x, y) for x, y in points if math.isfinite(y)]
 
 
 def thinned(points: Points, limit: int = MAX_POINTS) -> Points:

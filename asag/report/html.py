@@ -25,7 +25,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
             become hyphens; None leaves one out.
     """
     given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_escaped(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -36,7 +36,13 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
 def join(*parts: object) -> Html:
     """Parts one behind the other, text escaped."""
-    return Html("".join(x if isinstance(x, Html) else html.escape(str(x)) for x in parts))
+    return Html("".join(x if isinstance(x, Html) else _escaped(x) for x in parts))
+
+
+def _escaped(value: object) -> str:
+    """Text for elements and quoted attributes; "?" for what UTF-8 cannot write, such as the bytes
+    of a file name in another encoding."""
+    return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
 
 
 def table(

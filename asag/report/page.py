@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,11 +138,12 @@ def _matching(
         return None, "There are no weights in the folder to look at the matching with."
     if not dicts:
         return None, "The training images cannot be read."
-    with contextlib.suppress(OSError):
+    try:
         return matching_statistics(run.cfg, model, dicts), (
             f"{run.cfg.MODEL.META_ARCHITECTURE} is no query-based detector of this library."
         )
-    return None, "A training image cannot be read."
+    except (OSError, FloatingPointError) as error:  # a lost image, or weights that are NaN
+        return None, f"The matching cannot be shown: {error}"
 
 
 def _summaries(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ..data.image_io import ImageReadError
 from .accuracy import AREAS, CocoAccuracy
 from .annotations import SIZES, DatasetSummary
 from .charts import Line, line_chart
@@ -130,7 +129,7 @@ def images(result: Result | None, wanted: int) -> Html:
                         max_bytes=each,
                     )
                 )
-            except (ImageReadError, OSError) as error:
+            except OSError as error:
                 parts.append(note(f"An image cannot be shown: {error}"))
     return section(title, *parts)
 

@@ -16,6 +16,7 @@ from ..config_loading import load_config
 from ..data.coco_folder import register_table
 from ..data.coco_json import read_coco_table
 from ..data.coco_report import inspect_table
+from ..data.errors import Complaint, DatasetError
 from ..evaluation.coco import RESULTS_FILE
 from ..evaluation.crowdhuman import DETECTIONS_FILE
 from ..files import atomic_writer
@@ -91,14 +92,22 @@ class RunRecord:
         """Registers the data sets that this process does not know.
 
         Raises:
-            DatasetError: their files have gone or changed into something unusable.
+            DatasetError: files have gone or changed into something unusable; the data sets of the
+                others are registered.
         """
+        complaints: list[Complaint] = []
         for name, entry in self.datasets.items():
             if name in DatasetCatalog.list():
                 continue
-            table = read_coco_table(Path(entry["json_file"]), (Path(entry["image_root"]),))
+            try:
+                table = read_coco_table(Path(entry["json_file"]), (Path(entry["image_root"]),))
+            except DatasetError as error:
+                complaints += error.complaints
+                continue
             _, usable = inspect_table(table, name)
             register_table(name, usable, Path(entry["json_file"]).parent)
+        if complaints:
+            raise DatasetError(complaints)
 
 
 @dataclass(frozen=True)
@@ -160,8 +169,8 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """How far the training came."""
-        return 1 + max(points[-1][0] for points in self.series.values())
+        """How far the training came; 0 where not a single finite number was logged."""
+        return 1 + max((points[-1][0] for points in self.series.values()), default=-1)
 
     def changes(self) -> tuple[str, Changes]:
         """What the configuration is compared with, and how it differs from it."""
