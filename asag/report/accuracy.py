@@ -80,10 +80,8 @@ def read_detections(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file ({error}); evaluate again") from error
     needed = {"image_id", "category_id", "bbox", "score"}
-    whole = isinstance(found, list) and all(
-        isinstance(x, dict) and needed <= x.keys() for x in found
-    )
-    if not whole:
+    rows = found if isinstance(found, list) else [None]
+    if not all(isinstance(x, dict) and needed <= x.keys() for x in rows):
         raise ValueError(f"{path} is no list of detections ({', '.join(sorted(needed))})")
     return found
 
