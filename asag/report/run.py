@@ -26,7 +26,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 ENVIRONMENT_FILE = "environment.txt"
 RECORD_FILE = "run.json"
-REMEMBERED = ("json_file", "image_root", "thing_classes", "evaluator_type")
+PLACES = ("json_file", "image_root")  # of a data set, in its metadata
 
 Changes = dict[str, tuple[Any, Any]]
 """Key -> (value of the recipe, value of the run)."""
@@ -58,11 +58,9 @@ class RunRecord:
         found = {}
         for name in dict.fromkeys(names):
             metadata = MetadataCatalog.get(name)
-            if metadata.get("json_file") and metadata.get("image_root"):
-                entry = {key: metadata.get(key) for key in REMEMBERED}
-                for key in ("json_file", "image_root"):
-                    entry[key] = str(Path(entry[key]).absolute())
-                found[name] = entry
+            places = {key: metadata.get(key) for key in PLACES}
+            if metadata.get("evaluator_type") == "coco" and all(places.values()):
+                found[name] = {key: str(Path(x).absolute()) for key, x in places.items()}
         return cls(recipe_name, differences(recipe, cfg), found)
 
     def write(self, folder: Path) -> None:
