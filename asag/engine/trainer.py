@@ -259,8 +259,13 @@ class Trainer(ResumableTrainer):
                     if self._stopping:
                         break
                 self.iter += 1
-            finally:
-                self.after_train()
+            except BaseException:
+                try:
+                    self.after_train()
+                except Exception:
+                    logger.exception("after the training had failed, so did its end")
+                raise
+            self.after_train()
 
     def _report(self) -> None:
         """Writes the report in the first process, for which the others wait."""
