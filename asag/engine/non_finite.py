@@ -22,13 +22,20 @@ from torch import Tensor, nn
 
 from ..modeling.layers.buffers import training_buffers
 from ..structures import NoisedPredictions, Predictions
+from .bad_numbers import (
+    BOXES,
+    GRAD_NORM,
+    LOGITS,
+    bad_inputs,
+    describe_gradients,
+    describe_values,
+    pack_sample,
+)
 from .checkpointer import write_atomically
 from .loss_log import NonFiniteLossError, divergence_message, file_names
 from .rng import rng_state
 
-BOXES, LOGITS, GRAD_NORM = "predicted boxes", "class logits", "grad_norm"
 LARGEST_BOX = 1e15  # pixels; the area of a larger box is no number in float32
-MAX_LISTED_PARAMETERS = 8
 
 logger = logging.getLogger(__name__)
 
@@ -253,15 +260,12 @@ class NonFiniteGuard:
     ) -> None:
         self.num_skips += 1
         final = final or self.num_skips > self.max_skips
-        path = None
-        # The first and the last: each is as large as a checkpoint.
-        if write and (final or self.num_skips == 1):
-            path = self._write(step, what, values or {})
         message = divergence_message(
             step.iteration, what, step.lr, file_names(step.batch) if files is None else files
         )
-        if path is not None:
-            message += f" To look into it: python tools/replay.py {path}"
+        # The first and the last: each is as large as a checkpoint.
+        if write and (final or self.num_skips == 1):
+            message += self._keep(step, what, values or {})
         if final:
             raise NonFiniteLossError(message)
         self._skipped.append(step.iteration)
@@ -269,6 +273,14 @@ class NonFiniteGuard:
             f"step {self.num_skips} of at most {self.max_skips} (SOLVER.NON_FINITE.MAX_SKIPS) was "
             f"left out, iteration {step.iteration}: {message.partition(': ')[2]}"
         )
+
+    def _keep(self, step: _Step, what: str, values: Mapping[str, float]) -> str:
+        """Writes the file of a step; a sentence about it."""
+        try:
+            path = self._write(step, what, values)
+        except (OSError, RuntimeError) as error:  # a full disk is either, depending on torch
+            return f" The step could not be kept in {self.folder}: {error}"
+        return f" To look into it: python tools/replay.py {path}"
 
     def _write(self, step: _Step, what: str, values: Mapping[str, float]) -> Path:
         rank = comm.get_rank()
@@ -345,54 +357,3 @@ def describe(step: _Step, values: Mapping[str, float]) -> str:
     """What is wrong with a step, in words."""
     gradients = describe_gradients(bad_parameters(step))
     return "; ".join((*bad_inputs(step.batch), *describe_values(values), *gradients))
-
-
-def describe_values(values: Mapping[str, float]) -> list[str]:
-    """Phrases for the counts and losses that are wrong, and for the norm of the gradient."""
-    counts = {name: int(values[name]) for name in (BOXES, LOGITS) if values.get(name)}
-    losses = {k: v for k, v in values.items() if k not in (BOXES, LOGITS, GRAD_NORM)}
-    bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
-    good = [f"{name} = {value:.4g}" for name, value in losses.items() if math.isfinite(value)]
-    found = [f"{count} NaN or infinite number(s) in the {name}" for name, count in counts.items()]
-    if bad:
-        found.append(", ".join(bad) + (f" (finite: {', '.join(good)})" if good else ""))
-    if GRAD_NORM in values:
-        found.append(f"gradient norm {values[GRAD_NORM]:.4g}")
-    return found
-
-
-def describe_gradients(names: Sequence[str]) -> list[str]:
-    """A phrase for the parameters with a bad gradient."""
-    if not names:
-        return []
-    listed = ", ".join(names[:MAX_LISTED_PARAMETERS])
-    more = len(names) - MAX_LISTED_PARAMETERS
-    rest = f" and {more} more" if more > 0 else ""
-    return [f"NaN or infinite gradient of {listed}{rest}"]
-
-
-def bad_inputs(batch: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Phrases for images and boxes of a batch that are already wrong."""
-    found = []
-    for sample, name in zip(batch, file_names(batch), strict=True):
-        tensors = {"image": sample.get("image")}
-        if "instances" in sample:
-            tensors["ground-truth boxes"] = sample["instances"].gt_boxes.tensor
-        for kind, tensor in tensors.items():
-            if isinstance(tensor, Tensor) and not tensor.isfinite().all():
-                count = int((~tensor.isfinite()).sum())
-                found.append(f"the {kind} of {name} came with {count} NaN or infinite number(s)")
-    return found
-
-
-def pack_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """A training sample as tensors, numbers and strings."""
-    packed = {k: v for k, v in sample.items() if isinstance(v, Tensor | str | int | float)}
-    if "instances" in sample:
-        instances = sample["instances"]
-        packed["instances"] = {
-            "image_size": tuple(int(side) for side in instances.image_size),
-            "gt_boxes": instances.gt_boxes.tensor.clone(),
-            "gt_classes": instances.gt_classes.clone(),
-        }
-    return packed

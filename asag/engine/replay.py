@@ -14,22 +14,20 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..config import get_asag_cfg
-from .loss_log import file_names
-from .non_finite import (
+from .bad_numbers import (
     BOXES,
     GRAD_NORM,
-    LARGEST_BOX,
     LOGITS,
-    PredictionWatch,
     bad_inputs,
     describe_gradients,
     describe_values,
-    gradient_norms,
+    unpack_sample,
 )
+from .loss_log import file_names
+from .non_finite import LARGEST_BOX, PredictionWatch, gradient_norms
 from .optimizer import build_optimizer
 from .rng import preserved_rng, set_rng_state
 from .step import TrainStep, amp_dtype
@@ -90,7 +88,8 @@ def load_step(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"{path} is no file of torch.save, or a broken one: {error}") from None
-    missing = [name for name in (*FIELDS, "config") if name not in state]
+    keys = state.keys() if isinstance(state, Mapping) else ()
+    missing = [name for name in (*FIELDS, "config") if name not in keys]
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}: it is not what a training writes about a step "
@@ -169,19 +168,6 @@ def report(state: Mapping[str, Any], found: Replay) -> list[str]:
             "areas end; the weights grew too fast, lower SOLVER.BASE_LR"
         )
     return lines
-
-
-def unpack_sample(packed: Mapping[str, Any]) -> dict[str, Any]:
-    """A training sample again, of what `pack_sample` made."""
-    sample = dict(packed)
-    if "instances" in packed:
-        content = packed["instances"]
-        sample["instances"] = Instances(
-            tuple(content["image_size"]),
-            gt_boxes=Boxes(content["gt_boxes"]),
-            gt_classes=content["gt_classes"],
-        )
-    return sample
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
