@@ -16,8 +16,10 @@ class WeightAverage:
     w <- d w + (1 - d) p.
 
     At update t = 0, 1, ... d is the smaller of `decay` and (1 + t) / (warmup + t), so that the
-    average forgets the random start (and a short training still moves it). Steps that the loss
-    scaler skips are no updates. Frozen weights and buffers (such as a norm's statistics) are not
+    average forgets the random start (and a short training still moves it). Steps that are left out
+    (an overflow in float16, NaN) are no updates, except on CUDA, where a fused optimiser leaves
+    them out unknown to the host: the average then comes closer to the unchanged weights. Frozen
+    weights and buffers (such as a norm's statistics) are not
     averaged: the model's own belong to the average too.
 
     The processes of a distributed training hold equal averages without any communication, because
