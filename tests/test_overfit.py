@@ -18,11 +18,10 @@ from asag.engine.overfit import (
     OverfitResult,
     check_overfit,
     choose_images,
-    data_findings,
-    model_findings,
     overfit_config,
     overfit_samples,
 )
+from asag.engine.overfit_findings import data_findings, model_findings
 
 ASAG = CONFIG.parents[1] / "ASAG/asag_tiny.yaml"
 STEPS = 240

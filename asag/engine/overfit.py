@@ -1,54 +1,40 @@
-"""The first thing to try when a detector does not learn: can it learn four images by heart?
-
-B images, N queries, K classes, S stages.
-"""
+"""The first thing to try when a detector does not learn: can it learn four images by heart?"""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from pycocotools.coco import COCO
-from torch import Tensor, nn
+from torch import nn
 
 from ..data import SparseDetectionMapper
 from ..data.mapper import eval_augmentations
-from ..evaluation.coco import evaluate_boxes
-from ..modeling.layers.boxes import box_iou
-from ..structures import Predictions, Targets
 from . import datasets
 from .checkpointer import AtomicCheckpointer
 from .optimizer import build_optimizer
+from .overfit_findings import (
+    ENOUGH,
+    Finding,
+    Sample,
+    ap50_of,
+    count_objects,
+    data_findings,
+    model_findings,
+    truth_of,
+)
 from .schedule import resolve_schedule
 from .step import TrainStep, amp_dtype, build_clipper
-from .validation import loss_mode
 
 IMAGES = 4  # at most; more take longer and show no more
 STEPS = 300
 CHECK_PERIOD = 20  # steps between two looks at the detections
-ENOUGH = 0.9  # AP50 of a batch that was learnt
-GENERATOR_FALL = 0.7  # the generator's own losses must fall below this share of their start
-
-Sample = dict[str, Any]
-Boxes = tuple[Tensor, Tensor, Tensor]  # boxes_xyxy (n, 4), labels (n,), scores (n,) of one image
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Which part of the detector failed, and the numbers that say so."""
-
-    part: str
-    evidence: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +89,7 @@ def check_overfit(
         steps: most steps to take.
     """
     doubts = data_findings(samples)
-    if not _objects(samples):
+    if not count_objects(samples):
         return OverfitResult(False, 0, 0.0, {}, {}, tuple(doubts))
     optimizer = build_optimizer(cfg, model)
     step = TrainStep(model, optimizer, amp_dtype=amp_dtype(cfg), clip=build_clipper(cfg))
@@ -176,8 +162,8 @@ def run_check(cfg: CfgNode, recipe: CfgNode, *, steps: int = STEPS) -> int:
     AtomicCheckpointer(model, save_to_disk=False).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
     samples = overfit_samples(cfg, dicts)
     logger.info(
-        f"overfit check: {len(samples)} images with {_objects(samples)} objects, up to {steps} "
-        f"steps at learning rate {cfg.SOLVER.BASE_LR:.4g}"
+        f"overfit check: {len(samples)} images with {count_objects(samples)} objects, up to "
+        f"{steps} steps at learning rate {cfg.SOLVER.BASE_LR:.4g}"
     )
     result = check_overfit(cfg, model, samples, steps=steps)
     logger.log(logging.INFO if result.passed else logging.ERROR, result.report())
@@ -200,202 +186,16 @@ def choose_images(dataset_dicts: Sequence[Sample], count: int) -> list[int]:
     return chosen
 
 
-# What is wrong
-
-
-def data_findings(samples: Sequence[Sample]) -> list[Finding]:
-    """What no detector could learn."""
-    if not _objects(samples):
-        return [Finding("data", "no image of the training set has an object")]
-    findings = []
-    for i, sample in enumerate(samples):
-        name = sample.get("file_name", f"image {i}")
-        if sample["image"].float().std() == 0:
-            findings.append(Finding("data", f"{name} is of one colour"))
-        boxes = [(*b, c) for b, c in zip(*_truth(sample)[:2], strict=True)]
-        places = {tuple(float(x) for x in box[:4]) for box in boxes}
-        if len(places) < len(boxes):
-            findings.append(Finding("data", f"{name} has several objects with the very same box"))
-        for other in samples[:i]:
-            if torch.equal(sample["image"], other["image"]):
-                twin = other.get("file_name", "another image")
-                findings.append(Finding("data", f"{name} shows the same as {twin}"))
-    return findings
-
-
-def model_findings(
-    model: nn.Module, samples: Sequence[Sample], first: Mapping[str, float]
-) -> list[Finding]:
-    """Which parts of a detector are to blame, by giving it the right answer of one at a time."""
-    seen = _look_inside(model, samples)
-    predictions, targets, assignment = seen.predictions.last(), seen.targets, seen.assignment[-1]
-    index = assignment.clamp(min=0)  # (B, N)
-    matched = (assignment >= 0) & predictions.valid
-    objects = sum(targets.counts)
-    answered = len({(b, g) for b, g in zip(*_places(matched, index), strict=True)})
-    findings = []
-    if answered < objects:
-        queries = int(predictions.valid.sum(dim=1).min())
-        findings.append(
-            Finding(
-                "matching",
-                f"{objects - answered} of {objects} objects have no query that answers for them "
-                f"(at least {queries} queries an image)",
-            )
-        )
-    boxes = predictions.boxes_xyxy[0]  # (B, N, 4)
-    true_boxes = targets.boxes_xyxy.gather(1, index[..., None].expand(-1, -1, 4))
-    true_labels = targets.labels.gather(1, index)
-    scores = predictions.logits[0].sigmoid()
-    if predictions.logits.shape[-1] > model.num_classes:  # softmax with background
-        scores = predictions.logits[0].softmax(dim=-1)[..., :-1]
-    truth = [_truth(x) for x in samples]
-
-    placed = matched & (box_iou(boxes, true_boxes) >= 0.5)
-    exact = (true_labels.new_zeros(scores.shape)).scatter(-1, true_labels[..., None], 1)
-    with_classes = _ap50(truth, _answers(boxes, exact * matched[..., None], predictions.valid))
-    if with_classes < ENOUGH:
-        overlap = float(box_iou(boxes, true_boxes)[matched].mean()) if matched.any() else 0.0
-        findings.append(
-            Finding(
-                "box",
-                f"of {int(matched.sum())} matched queries {int(placed.sum())} overlap their object "
-                f"by an IoU of 0.5 or more (mean {overlap:.2f}); with the true classes AP50 would "
-                f"be {100 * with_classes:.1f}",
-            )
-        )
-    mended = torch.where(matched[..., None], true_boxes, boxes)
-    with_boxes = _ap50(truth, _answers(mended, scores, predictions.valid))
-    if with_boxes < ENOUGH:
-        right = scores.gather(-1, true_labels[..., None])[..., 0][matched]
-        wrong = scores.amax(dim=-1)[~matched & predictions.valid]
-        findings.append(
-            Finding(
-                "classification",
-                f"matched queries give their class a score of {_mean(right):.2f} (mean), the "
-                f"others reach {_mean(wrong):.2f}; with the true boxes AP50 would be "
-                f"{100 * with_boxes:.1f}",
-            )
-        )
-    start = sum(first[name] for name in seen.generator_losses if name in first)
-    end = sum(seen.generator_losses.values())
-    if start and end > GENERATOR_FALL * start:
-        findings.append(
-            Finding("generator", f"the losses of its own fell from {start:.3g} to {end:.3g} only")
-        )
-    if not findings:
-        findings.append(
-            Finding(
-                "inference",
-                "in training mode classes and boxes are right; norm statistics, or what the "
-                "proposal generator does differently when it detects, are not",
-            )
-        )
-    return findings
-
-
-@dataclass
-class _Inside:
-    """What went through the matcher, and the proposal generator's own losses."""
-
-    predictions: Predictions
-    targets: Targets
-    assignment: Tensor
-    generator_losses: dict[str, float]
-
-
-def _look_inside(model: nn.Module, samples: Sequence[Sample]) -> _Inside:
-    matched: list[tuple[Predictions, Targets, Tensor]] = []
-    generated: list[dict[str, Tensor]] = []
-    handles = [
-        model.matcher.register_forward_hook(lambda _, args, out: matched.append((*args, out))),
-        model.proposal_generator.register_forward_hook(lambda _, __, out: generated.append(out[1])),
-    ]
-    try:
-        with torch.no_grad(), loss_mode(model):
-            model(samples)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return _Inside(*matched[0], {name: float(x) for name, x in generated[0].items()})
-
-
-# Accuracy on the batch
-
-
 @torch.no_grad()
 def detected_ap50(model: nn.Module, samples: Sequence[Sample]) -> float:
     """AP50 of the model's detections on the batch, 0 to 1."""
     model.eval()
     outputs = model([{"image": x["image"]} for x in samples])
     found = [x["instances"] for x in outputs]
-    return _ap50(
-        [_truth(x) for x in samples],
+    return ap50_of(
+        [truth_of(x) for x in samples],
         [(x.pred_boxes.tensor, x.pred_classes, x.scores) for x in found],
     )
-
-
-def _ap50(truth: Sequence[Boxes], found: Sequence[Boxes]) -> float:
-    coco = COCO()
-    annotations = _records(truth)
-    for number, annotation in enumerate(annotations, start=1):
-        width, height = annotation["bbox"][2:]
-        annotation.update(id=number, iscrowd=0, area=width * height)
-    coco.dataset = {
-        "images": [{"id": i} for i in range(len(truth))],
-        "categories": [{"id": k} for k in sorted({a["category_id"] for a in annotations})],
-        "annotations": annotations,
-    }
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress
-        coco.createIndex()
-    results = [x for x in _records(found) if x["category_id"] in coco.cats]
-    return max(float(evaluate_boxes(coco, results).stats[1]), 0.0) if results else 0.0
-
-
-def _records(images: Sequence[Boxes]) -> list[dict[str, Any]]:
-    """COCO's form, boxes XYWH."""
-    return [
-        {
-            "image_id": i,
-            "category_id": label,
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": score,
-        }
-        for i, (boxes, labels, scores) in enumerate(images)
-        for (x1, y1, x2, y2), label, score in zip(
-            boxes.tolist(), labels.tolist(), scores.tolist(), strict=True
-        )
-    ]
-
-
-def _answers(boxes_xyxy: Tensor, scores: Tensor, valid: Tensor) -> list[Boxes]:
-    """The 100 best of all queries and classes of each image, those that score above 0."""
-    answers, classes = [], scores.shape[-1]
-    for own, scored in zip(boxes_xyxy, scores * valid[..., None], strict=True):
-        best, place = scored.flatten().topk(min(100, scored.numel()))
-        place, best = place[best > 0], best[best > 0]
-        query = torch.div(place, classes, rounding_mode="floor")
-        answers.append((own[query], place % classes, best))
-    return answers
-
-
-def _truth(sample: Sample) -> Boxes:
-    instances = sample["instances"]
-    labels = instances.gt_classes
-    return instances.gt_boxes.tensor, labels, torch.ones(len(labels))
-
-
-def _objects(samples: Sequence[Sample]) -> int:
-    return sum(len(x["instances"]) for x in samples)
-
-
-def _places(matched: Tensor, index: Tensor) -> tuple[list[int], list[int]]:
-    """Image and object of every matched query."""
-    return matched.nonzero()[:, 0].tolist(), index[matched].tolist()
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.float().mean()) if values.numel() else 0.0
 
 
 def _diverged(what: str) -> Finding:
