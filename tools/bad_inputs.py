@@ -127,6 +127,9 @@ def main() -> int:
         args.markdown.write_text(markdown(cases))
         return 0
     if args.only:
+        kinds = sorted({case.kind for case in cases})
+        if args.only not in kinds:
+            parser.error(f"--only {args.only}: the kinds are {', '.join(kinds)}")
         cases = [case for case in cases if case.kind == args.only]
     start = time.monotonic()
     found = failures(cases)

@@ -321,6 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     try:
+        if args.json and not Path(args.json).parent.is_dir():
+            raise ValueError(f"--json {args.json}: there is no such folder")
         if args.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError("there is no CUDA device here; use --device cpu")
         if args.profile and (args.fold_norms or args.mode != "both"):

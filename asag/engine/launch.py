@@ -104,7 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0, or 2 with a message on stderr when a file, a key or an argument is wrong, or 1
         after an --overfit-check that failed.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.overfit_steps < 1:
+        parser.error(f"--overfit-steps is {args.overfit_steps}; it must be at least 1")
     if args.overfit_check:
         args.num_gpus, args.num_machines = min(args.num_gpus, 1), 1
         with tempfile.TemporaryDirectory(prefix="overfit_check_") as folder:
