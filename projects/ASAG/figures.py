@@ -20,17 +20,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from asag import load_config
-from asag.checkpoint.loading import PublishedCheckpointer
-from asag.data import SparseDetectionMapper, register_coco_folder
-from asag.data.mapper import eval_augmentations
-from asag.engine.datasets import check_registered
-from asag.engine.launch import choose_device, use_data
+from asag.figure_inputs import add_dataset_options, open_model_and_dataset, read_samples
 
 import torch
 from anchor_observations import Observation, Statistics, check_model, collect, normalised, observe
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -117,30 +111,14 @@ def observations(given: argparse.Namespace, scratch: str) -> Iterator[Observatio
     Raises:
         ValueError: no data set, an index beyond it, or a detector without adaptive anchors.
     """
-    cfg = load_config(given.config, given.options)
-    choose_device(cfg, num_gpus=1)
-    dataset = given.dataset
-    if given.data:
-        registered = register_coco_folder(given.data, output_dir=scratch, evaluate_on_train=True)
-        use_data(cfg, registered)
-        dataset = registered.val
-    cfg.DATASETS.TEST = (dataset,) if dataset else cfg.DATASETS.TEST[:1]
-    if not cfg.DATASETS.TEST:
-        raise ValueError("DATASETS.TEST is empty; pass --dataset NAME or --data DIR")
-    check_registered(cfg, need_train=False)
-    model = build_model(cfg).eval()
+    cfg, model, dataset = open_model_and_dataset(given, scratch)
     check_model(model)
-    PublishedCheckpointer(model).load(given.weights)
-    # With ground truth, but resized as for testing.
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
-    )
-    records = DatasetCatalog.get(cfg.DATASETS.TEST[0])
-    chosen = range(min(given.images, len(records))) if "images" in given else given.image
-    for index in chosen:
-        if not 0 <= index < len(records):
-            raise ValueError(f"there is no image {index}: the data set has {len(records)}")
-        yield observe(model, mapper(records[index]), given.threshold)
+    if "images" in given:
+        chosen = range(min(given.images, len(DatasetCatalog.get(dataset))))
+    else:
+        chosen = given.image
+    for sample in read_samples(cfg, dataset, chosen):
+        yield observe(model, sample, given.threshold)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -155,13 +133,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             command.add_argument("--images", type=int, default=500, help="the first so many")
         else:
             command.add_argument("--image", type=int, nargs="+", default=[0, 1, 2], help="indices")
-        command.add_argument("--config", required=True, help="yaml file of the model")
-        command.add_argument("--weights", required=True, help='checkpoint; "" for none')
-        command.add_argument("--dataset", help="registered name; default: of DATASETS.TEST")
-        command.add_argument("--data", metavar="DIR", help="COCO folder instead")
         command.add_argument("--threshold", type=float, default=0.3, help="score of a detection")
         command.add_argument("--output", type=Path, required=True, help="picture to write")
-        command.add_argument("options", nargs="*", metavar="KEY VALUE", help="overrides")
+        add_dataset_options(command)
     return parser.parse_args(arguments)
 
 

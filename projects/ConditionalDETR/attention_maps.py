@@ -19,10 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asag import load_config
-from asag.checkpoint.loading import PublishedCheckpointer
-from asag.data.image_io import read_image
-from asag.engine.launch import choose_device
+from asag.figure_inputs import open_model, read_picture
 from asag.modeling import SparseDetector
 from asag.modeling.heads import DETRHeads
 from asag.modeling.heads.conditional_attention import ConditionalCrossAttention
@@ -34,8 +31,6 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from torch import Tensor
 
 matplotlib.use("Agg")
@@ -185,25 +180,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="KEY VALUE, last")
     given = parser.parse_args(arguments)
     try:
-        cfg = load_config(given.config, given.options)
-        choose_device(cfg, num_gpus=1)
-        model = build_model(cfg).eval()
-        weights = cfg.MODEL.WEIGHTS if given.weights is None else given.weights
-        PublishedCheckpointer(model).load(weights)
+        cfg, model = open_model(given.config, given.options, given.weights)
         absent = [h for h in given.heads or () if not 0 <= h < cfg.MODEL.DECODER.NUM_HEADS]
         if absent:
             raise ValueError(f"no heads {absent}: the model has {cfg.MODEL.DECODER.NUM_HEADS}")
-        pixels = read_image(given.image, cfg.INPUT.FORMAT)
-        resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-        pixels = resize.get_transform(pixels).apply_image(pixels)
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        image, image_rgb = read_picture(given.image, cfg)
         seen = explain(model, image, given.stage, given.query)
     except (OSError, KeyError, ValueError, AssertionError) as error:
         print(f"attention_maps: {error}", file=sys.stderr)
         return 1
-    shown = pixels[..., ::-1] if cfg.INPUT.FORMAT == "BGR" else pixels
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    draw(seen, shown, given.heads).savefig(given.output, dpi=120)
+    draw(seen, image_rgb, given.heads).savefig(given.output, dpi=120)
     print(
         f"query {seen.query}, class {seen.label} with score {seen.score:.2f}, stage {given.stage}: "
         f"{given.output}"

@@ -20,24 +20,16 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asag import load_config
-from asag.checkpoint.loading import PublishedCheckpointer
-from asag.data import SparseDetectionMapper, register_coco_folder
-from asag.data.mapper import eval_augmentations
-from asag.engine.datasets import check_registered
-from asag.engine.launch import choose_device, use_data
-from asag.modeling import SparseDetector
+from asag.figure_inputs import add_dataset_options, open_model_and_dataset, read_samples
 from asag.visualization import class_color, plot_curves
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -45,7 +37,6 @@ from matplotlib.patches import Rectangle
 from observations import (
     Positives,
     Proposals,
-    Sample,
     collect_expert_weights,
     expert_statistics,
     find_positives,
@@ -248,43 +239,9 @@ def _keep_to_image(axes: Axes, image_rgb: np.ndarray) -> None:
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
-def load_model(given: argparse.Namespace, scratch: str) -> tuple[CfgNode, SparseDetector, str]:
-    """Configuration, model in evaluation mode, and name of the data set."""
-    cfg = load_config(given.config, given.options)
-    choose_device(cfg, num_gpus=1)
-    dataset = given.dataset
-    if given.data:
-        registered = register_coco_folder(given.data, output_dir=scratch, evaluate_on_train=True)
-        use_data(cfg, registered)
-        dataset = registered.val
-    cfg.DATASETS.TEST = (dataset,) if dataset else cfg.DATASETS.TEST[:1]
-    if not cfg.DATASETS.TEST:
-        raise ValueError("DATASETS.TEST is empty; pass --dataset NAME or --data DIR")
-    check_registered(cfg, need_train=False)
-    model = build_model(cfg).eval()
-    PublishedCheckpointer(model).load(given.weights)
-    return cfg, model, cfg.DATASETS.TEST[0]
-
-
-def read_samples(cfg: CfgNode, dataset: str, indices: Iterable[int]) -> Iterable[Sample]:
-    """Images of a data set by index, resized as for testing, with their objects.
-
-    Raises:
-        ValueError: there is no such index.
-    """
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
-    )
-    dicts = DatasetCatalog.get(dataset)
-    for index in indices:
-        if not 0 <= index < len(dicts):
-            raise ValueError(f"there is no image {index}: {dataset} has {len(dicts)}")
-        yield mapper(dicts[index])
-
-
 def model_figure(given: argparse.Namespace, scratch: str) -> Figure:
     """The figure of a command that needs a model."""
-    cfg, model, dataset = load_model(given, scratch)
+    cfg, model, dataset = open_model_and_dataset(given, scratch)
     with torch.no_grad():
         if given.command == "positives":
             (sample,) = read_samples(cfg, dataset, [given.image])
@@ -313,11 +270,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, (option, settings) in of_model.items():
         command = commands.add_parser(name)
         command.add_argument(option, **settings)
-        command.add_argument("--config", required=True, help="yaml file of the model")
-        command.add_argument("--weights", required=True, help='checkpoint; "" for none')
-        command.add_argument("--dataset", help="registered name; default: of DATASETS.TEST")
-        command.add_argument("--data", metavar="DIR", help="COCO folder instead")
-        command.add_argument("options", nargs="*", metavar="KEY VALUE", help="overrides")
+        add_dataset_options(command)
     stages, curves = commands.add_parser("stages"), commands.add_parser("curves")
     stages.add_argument("results", type=Path, help="results.json of a study")
     curves.add_argument("study", type=Path, help="output folder of a study")

@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from asag import load_config
-from asag.checkpoint.loading import PublishedCheckpointer
-from asag.data.image_io import read_image
-from asag.engine.launch import choose_device
+from asag.figure_inputs import open_model, read_picture
 from asag.modeling import SparseDetector
 from asag.modeling.heads import ChannelWeightedInteraction, IoUEnhancedSelfAttention
 from asag.modeling.heads.iou_esa import iou_prior, iou_weighted_softmax
@@ -31,8 +28,6 @@ from asag.modeling.heads.iou_esa import iou_prior, iou_weighted_softmax
 import matplotlib
 import numpy as np
 import torch
-from detectron2.data.transforms import ResizeShortestEdge
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 matplotlib.use("Agg")
@@ -226,21 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="overrides")
     given = parser.parse_args(arguments)
     try:
-        cfg = load_config(given.config, given.options)
-        choose_device(cfg, num_gpus=1)
-        model = build_model(cfg).eval()
-        weights = cfg.MODEL.WEIGHTS if given.weights is None else given.weights
-        PublishedCheckpointer(model).load(weights)
-        pixels = read_image(given.image, cfg.INPUT.FORMAT)
-        resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-        pixels = resize.get_transform(pixels).apply_image(pixels)
-        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+        cfg, model = open_model(given.config, given.options, given.weights)
+        image, image_rgb = read_picture(given.image, cfg)
         explanation = explain(model, image, given.stage, given.query)
     except (OSError, KeyError, ValueError, AssertionError) as error:
         print(f"explain_figure: {error}", file=sys.stderr)
         return 1
-    shown = pixels[..., ::-1] if cfg.INPUT.FORMAT == "BGR" else pixels
-    draw(explanation, shown).savefig(given.output, dpi=120, bbox_inches="tight")
+    draw(explanation, image_rgb).savefig(given.output, dpi=120, bbox_inches="tight")
     print(f"query {explanation.query} of stage {given.stage}: {given.output}")
     return 0
 
