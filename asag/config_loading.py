@@ -1,4 +1,4 @@
-"""Reading a configuration: a yaml file, then overrides; only known keys pass."""
+"""Reading a configuration: a yaml file, then overrides; only known keys pass. And comparing two."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from .config import get_asag_cfg
 # A checkout has configs/ beside the package, an installed package holds a copy.
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_FOLDERS = (_PACKAGE.parent / "configs", _PACKAGE / "model_configs")
+
+Changes = dict[str, tuple[Any, Any]]
+"""Key -> (value before, value now)."""
 
 
 def find_config(name: str) -> Path:
@@ -56,6 +59,31 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
     return cfg
 
 
+def differences(before: CN, now: CN) -> Changes:
+    """Keys whose values are not the same, in alphabetical order; a key of one side only counts as
+    None on the other."""
+    old, new = dict(leaves(before)), dict(leaves(now))
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if _plain(old.get(key)) != _plain(new.get(key))
+    }
+
+
+def leaves(node: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a configuration."""
+    for name, value in node.items():
+        if isinstance(value, CN):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _plain(value: Any) -> Any:
+    """Lists and tuples alike: YAML does not tell them apart."""
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
+
+
 def _read_yaml(path: str) -> CN:
     """A file with its `_BASE_`; ValueError with the file's name for all that can be wrong with it,
     for which there is no common class of errors."""
@@ -72,25 +100,17 @@ def _read_yaml(path: str) -> CN:
 
 
 def _merge(cfg: CN, given: CN, source: str) -> None:
-    _fit(cfg, _leaves(given), source, given)
+    _fit(cfg, given, source)
     try:
         cfg.merge_from_other_cfg(given)
     except ValueError as error:  # names key, types and values
         raise ValueError(f"{source}: {error}. Give a value of the first type") from error
 
 
-def _leaves(node: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, CN):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _fit(cfg: CN, leaves: Iterator[tuple[str, Any]], source: str, given: CN) -> None:
+def _fit(cfg: CN, given: CN, source: str) -> None:
     """Refuses unknown keys and turns whole numbers into floats where the default is a float."""
-    known = dict(_leaves(cfg))
-    for key, value in list(leaves):
+    known = dict(leaves(cfg))
+    for key, value in list(leaves(given)):
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else ""

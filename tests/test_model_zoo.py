@@ -212,6 +212,7 @@ class TestPackaging:
         folder.mkdir()
         cfg = model_zoo.config(OWN)
         cfg.INPUT.MAX_SIZE_TEST = 192
+        cfg.MODEL.DECODER.DROPOUT = 0.25
         cfg.SEED = 5
         (folder / "config.yaml").write_text(cfg.dump())
         loaded = torch.load(model_zoo.entry(OWN).weights)
@@ -240,8 +241,8 @@ class TestPackaging:
         monkeypatch.setattr(package_checkpoint, "evaluate", evaluate)
         assert package_checkpoint.main(self.arguments(run, "--note", "n")) == 0
         record = json.loads((run.parent / "out" / "new.json").read_text())
-        size, queries = "INPUT.MAX_SIZE_TEST", "MODEL.PROPOSAL_GENERATOR.NUM_QUERIES"
-        assert record["options"] == [size, "192", queries, "42"]
+        size, dropout = "INPUT.MAX_SIZE_TEST", "MODEL.DECODER.DROPOUT"
+        assert record["options"] == [size, "192", dropout, "0.25"]
         assert asked == [192]
         assert record["config"] == TINY and record["training"]["seed"] == 5
         assert record["evaluation"] == {"dataset": "d", "AP": 1.5} and record["note"] == "n"
@@ -285,3 +286,11 @@ def test_a_built_package_brings_configurations_facts_and_weights(tmp_path):
         assert (folder / part).read_bytes() == (WEIGHTS.parent / part).read_bytes()
     copies = built / "asag" / "model_configs"
     assert {p.stem for p in copies.glob("*/*.yaml")} >= set(config_files())
+
+
+def test_options_choose_the_head_that_detects() -> None:
+    assert model_zoo.get("asag_a_tiny", device="cpu").roi_heads.main == 1
+    first = model_zoo.get("asag_a_tiny", device="cpu", options=["MODEL.DECODER.MAIN_COPY", "0"])
+    assert first.roi_heads.main == 0
+    with pytest.raises(KeyError, match=r"MODEL\.DECODER\.MAIN_COPYS"):
+        model_zoo.get("asag_a_tiny", device="cpu", options=["MODEL.DECODER.MAIN_COPYS", "0"])

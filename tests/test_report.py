@@ -21,6 +21,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from asag.config_loading import differences
 from asag.data import SparseDetectionMapper
 from asag.data.mapper import eval_augmentations
 from asag.engine import reporting
@@ -44,7 +45,6 @@ from asag.report.image_errors import (
 from asag.report.matching import matching_statistics
 from asag.report.page import SECTIONS
 from asag.report.pictures import jpeg_uri
-from asag.report.run import differences
 from asag.structures import ImageSizes
 
 ROOT = Path(__file__).resolve().parents[1]

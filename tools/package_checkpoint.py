@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.config_loading import find_config, load_config  # noqa: E402
+from asag.config_loading import differences, find_config, load_config  # noqa: E402
 from asag.engine.checkpointer import write_atomically  # noqa: E402
 from asag.engine.trainer import Trainer  # noqa: E402
 from asag.files import atomic_writer  # noqa: E402
@@ -85,7 +85,7 @@ def package(args: argparse.Namespace) -> dict[str, Any]:
     """
     recipe_file = find_config(args.config)
     recipe, run = load_config(str(recipe_file)), load_config(str(args.run / "config.yaml"))
-    options = differences(recipe, run)
+    options = overrides(recipe, run)
     source = torch.load(args.run / args.weights, map_location="cpu", weights_only=True)
     args.output.mkdir(parents=True, exist_ok=True)
     target = args.output / f"{args.name}.pth"
@@ -136,13 +136,12 @@ def strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: (v.float() if v.is_floating_point() else v).clone() for k, v in state.items()}
 
 
-def differences(recipe: CfgNode, run: CfgNode) -> list[str]:
+def overrides(recipe: CfgNode, run: CfgNode) -> list[str]:
     """KEY VALUE words that turn the recipe's model and test input into the run's."""
     words: list[str] = []
-    said = {**_leaves(run.MODEL, "MODEL."), **{key: _get(run, key) for key in INFERENCE_KEYS}}
-    for key, value in sorted(said.items()):
-        same = json.dumps(value) == json.dumps(_get(recipe, key))  # lists may come as tuples
-        if key not in NOT_OF_THE_MODEL and not same:
+    for key, (_, value) in differences(recipe, run).items():
+        of_the_model = key.startswith("MODEL.") and key not in NOT_OF_THE_MODEL
+        if of_the_model or key in INFERENCE_KEYS:
             words += [key, str(value)]
     return words
 
@@ -155,21 +154,6 @@ def evaluate(cfg: CfgNode, weights: Path) -> dict[str, Any]:
     load_weights(model, str(weights))
     (metrics,) = Trainer.test(cfg, model).values()
     return {"dataset": cfg.DATASETS.TEST[0]} | {k: round(float(v), 4) for k, v in metrics.items()}
-
-
-def _leaves(node: CfgNode, prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in node.items():
-        deeper = isinstance(value, CfgNode)
-        found |= _leaves(value, f"{prefix}{name}.") if deeper else {prefix + name: value}
-    return found
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    node: Any = cfg
-    for name in key.split("."):
-        node = node[name]
-    return node
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
+from ..config_loading import differences
 from .checkpointer import AtomicCheckpointer
 from .ema import WeightAverage
 from .hooks import BestResult
@@ -101,8 +102,9 @@ class ResumableTrainer(DefaultTrainer):
         if self.ema is not None:
             self.ema.restart()  # from the weights; the checkpoint's average follows, if it has one
             self.ema.updates = state_dict.get("ema_updates", 0)
-        for line in changed_keys(CfgNode.load_cfg(state_dict["config"]), self.cfg):
-            logger.warning(f"changed since the checkpoint: {line}")
+        changes = differences(CfgNode.load_cfg(state_dict["config"]), self.cfg)
+        for key, (old, new) in changes.items():
+            logger.warning(f"changed since the checkpoint: {key}: {old} -> {new}")
 
     def _keep_configured(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Puts rates, decay and the like of the configuration into the optimiser's groups, which
@@ -155,20 +157,3 @@ class ResumableTrainer(DefaultTrainer):
         self.start_iter = self.iter + 1
         self.best = BestResult.read(self.cfg.OUTPUT_DIR)
         logger.info(f"resumed at iteration {self.start_iter} of {self.max_iter}")
-
-
-def changed_keys(before: CfgNode, after: CfgNode, prefix: str = "") -> list[str]:
-    """`KEY: old -> new` for every key that differs; keys of one side only count as None."""
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, CfgNode) and isinstance(new, CfgNode):
-            lines += changed_keys(old, new, f"{prefix}{key}.")
-        elif _plain(old) != _plain(new):
-            lines.append(f"{prefix}{key}: {old} -> {new}")
-    return lines
-
-
-def _plain(value: Any) -> Any:
-    """YAML knows no tuples."""
-    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value

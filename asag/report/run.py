@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import get_asag_cfg
-from ..config_loading import load_config
+from ..config_loading import Changes, differences, load_config
 from ..data.coco_folder import register_table
 from ..data.coco_json import read_coco_table
 from ..data.coco_report import inspect_table
@@ -27,9 +27,6 @@ METRICS_FILE = "metrics.json"
 ENVIRONMENT_FILE = "environment.txt"
 RECORD_FILE = "run.json"
 PLACES = ("json_file", "image_root")  # of a data set, in its metadata
-
-Changes = dict[str, tuple[Any, Any]]
-"""Key -> (value of the recipe, value of the run)."""
 
 
 class RunFolderError(ValueError):
@@ -200,29 +197,3 @@ class Run:
         }
         last = max((iteration for iteration, _ in figures.values()), default=0)
         return {name: value for name, (iteration, value) in figures.items() if iteration == last}
-
-
-def differences(before: CfgNode, now: CfgNode) -> Changes:
-    """Keys whose values are not the same, in alphabetical order."""
-    old, new = dict(leaves(before)), dict(leaves(now))
-    return {
-        key: (old.get(key), new.get(key))
-        for key in sorted(old.keys() | new.keys())
-        if _plain(old.get(key)) != _plain(new.get(key))
-    }
-
-
-def leaves(node: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a configuration."""
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _plain(value: Any) -> Any:
-    """Lists and tuples alike: YAML does not tell them apart."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(x) for x in value]
-    return value
