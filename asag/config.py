@@ -174,7 +174,7 @@ def _add_asag(cfg: CN) -> None:
     d = cfg.MODEL.DECODER
     # "ParallelHeads": kind of the stages, "dynamic_conv" (ASAG-S), "adamixer" (A) or "deformable"
     # (D); auxiliary copies of the first stage, which only train; and the copy that detects, -1 is
-    # the last.
+    # the last (most numbers of the authors' weights were taken with 2, the last but one).
     d.STAGE = "dynamic_conv"
     d.NUM_AUXILIARY = 0
     d.MAIN_COPY = -1

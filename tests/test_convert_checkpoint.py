@@ -175,6 +175,37 @@ def test_bad_paths(
     assert complaint in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("layout", ["authors-asag-a", OURS])
+def test_one_of_parallel_heads_is_kept(layout: str, tmp_path: Path) -> None:
+    config, options = CONTENT["authors-asag-a"]
+    ours = weights(config, options)
+    foreign = LAYOUTS["authors-asag-a"].to_theirs(ours)
+    torch.save({"model": foreign}, tmp_path / "four.pth")
+    assert run(tmp_path / "four.pth", tmp_path / "one.pth", "--to", layout, "--keep-copy", 2) == 0
+    kept = torch.load(tmp_path / "one.pth", weights_only=True)["model"]
+    kept = LAYOUTS[layout].to_ours(kept)
+    deployed = weights(config, [*options, "MODEL.DECODER.NUM_AUXILIARY", 0])
+    assert kept.keys() == deployed.keys() - {"proposal_generator.steps"}
+    assert torch.equal(kept["roi_heads.embedding"], ours["roi_heads.embedding"][2:3])
+    for name, value in kept.items():
+        if name != "roi_heads.embedding":
+            origin = name.replace("roi_heads.stages.0.", "roi_heads.stages.2.")
+            assert torch.equal(value, ours[origin]), name
+
+
+@pytest.mark.parametrize(
+    ("layout", "copy", "message"),
+    [("authors-asag-a", 4, "no copy 4; these weights have 4 (0 to 3)"), (OURS, 0, "no copies of")],
+)
+def test_heads_that_are_not_there_cannot_be_kept(
+    layout: str, copy: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model": weights(*CONTENT[layout])}, tmp_path / "x.pth")
+    target = tmp_path / "y.pth"
+    assert run(tmp_path / "x.pth", target, "--to", OURS, "--keep-copy", copy) == 2
+    assert message in capsys.readouterr().err and not target.exists()
+
+
 def test_unknown_layouts_are_refused_with_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("a", "b", "--to", "mmdet")

@@ -3,6 +3,7 @@
 
     python tools/convert_checkpoint.py model_final.pth model.safetensors --to transformers-detr
     python tools/convert_checkpoint.py pytorch_model.bin detr.pth --to asag
+    python tools/convert_checkpoint.py asag_a.pth deployed.pth --to asag --keep-copy 2
 
 Training and prediction read every layout as it is (MODEL.WEIGHTS): convert what others shall read.
 Which layout IN is in is seen from its names. Every number stays as it is, bit by bit.
@@ -21,7 +22,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from asag.checkpoint.layouts import LAYOUTS, TRANSFORMERS, ConversionError, convert  # noqa: E402
+from asag.checkpoint.asag import keep_copy  # noqa: E402
+from asag.checkpoint.layouts import (  # noqa: E402
+    LAYOUTS,
+    OURS,
+    TRANSFORMERS,
+    ConversionError,
+    convert,
+)
 from asag.checkpoint.reading import read_checkpoint  # noqa: E402
 from asag.files import atomic_path  # noqa: E402
 
@@ -39,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_suffix(args.output)
         loaded = read_checkpoint(args.input)
-        state, source, left_out = convert(weights(loaded), args.to, partial=args.partial)
+        state, source, left_out = rename(loaded, args)
         notes = write(args.output, state, args.to, loaded.get("class_names"))
     except ConversionError as error:
         hint = " --partial leaves them out." if error.names and not args.partial else ""
@@ -53,6 +61,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         more = f", and {len(left_out) - LISTED} more" * (len(left_out) > LISTED)
         print(f"left out: {', '.join(left_out[:LISTED])}{more}")
     return 0
+
+
+def rename(
+    loaded: Mapping[str, Any], args: argparse.Namespace
+) -> tuple[dict[str, Tensor], str, list[str]]:
+    """The weights under their new names, the layout they had, and what was left out; see
+    `convert` for what is raised."""
+    if args.keep_copy is None:
+        return convert(weights(loaded), args.to, partial=args.partial)
+    ours, source, left_out = convert(weights(loaded), OURS, partial=args.partial)
+    kept = keep_copy(ours, args.keep_copy)
+    state, _, unnamed = convert(kept, args.to, partial=args.partial)
+    return state, source, sorted((*left_out, *unnamed))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -75,6 +96,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--partial",
         action="store_true",
         help="leave out tensors that have no place in a layout, and list them",
+    )
+    parser.add_argument(
+        "--keep-copy",
+        type=int,
+        metavar="K",
+        help="of ASAG's parallel decoder heads, keep number K alone, counted from 0, for a model "
+        "with MODEL.DECODER.NUM_AUXILIARY 0; most published numbers were taken with 2",
     )
     return parser.parse_args(arguments)
 

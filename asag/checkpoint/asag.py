@@ -131,8 +131,12 @@ def keep_copy(state: Mapping[str, Tensor], copy: int) -> dict[str, Tensor]:
         Weights for `MODEL.DECODER.NUM_AUXILIARY` 0.
 
     Raises:
-        ValueError: there is no such copy.
+        ValueError: there is no such copy, or these are no weights of a decoder with copies.
     """
+    if "roi_heads.embedding" not in state:
+        raise ValueError(
+            "there are no copies of a decoder stage in these weights; ASAG's have some"
+        )
     copies = len(state["roi_heads.embedding"])
     if not 0 <= copy < copies:
         raise ValueError(

@@ -35,7 +35,10 @@ def config(name: str, options: Sequence[str] = ()) -> CfgNode:
 
 
 def get(
-    name: str, pretrained: bool | str | os.PathLike[str] = False, device: str | None = None
+    name: str,
+    pretrained: bool | str | os.PathLike[str] = False,
+    device: str | None = None,
+    options: Sequence[str] = (),
 ) -> nn.Module:
     """Builds a model.
 
@@ -44,12 +47,14 @@ def get(
         pretrained: False for random weights, True for those that come with the library, or a file
             or URL of weights in this library's or in the authors' names.
         device: "cpu", "cuda", ...; default: a GPU if there is one.
+        options: KEY VALUE words that override the configuration, such as MODEL.DECODER.MAIN_COPY
+            2 for the decoder head of ASAG that most published numbers were taken with.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        KeyError: unknown name.
+        KeyError: unknown name or key; the message has the nearest ones.
         FileNotFoundError: no such file of weights.
         ValueError: `pretrained` is True but no weights come with the library, or the weights are
             not of this model.
@@ -57,7 +62,7 @@ def get(
     # Loaded late: names and figures are to be had without it.
     from ..checkpoint.loading import load_weights
 
-    cfg = config(name, ["MODEL.DEVICE", choose_device(device)])
+    cfg = config(name, [*options, "MODEL.DEVICE", choose_device(device)])
     if pretrained is True:
         pretrained = packaged_weights(entry(name))
     model = build_model(cfg)
