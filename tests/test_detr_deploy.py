@@ -15,7 +15,6 @@ from asag.modeling.deploy import fold_batch_norms, prepare_for_inference
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = sorted(ROOT.glob("configs/*/*_tiny.yaml"))
-TRANSFORMERS = [p for p in TINY if "DETR" in str(p)]
 
 
 MOST_STAGES = 3  # untrained stages multiply a rounding error, each by up to ten
@@ -98,7 +97,7 @@ def test_half_precision_stays_close(path: Path) -> None:
         assert a_boxes.isfinite().all()
 
 
-@pytest.mark.parametrize("path", TRANSFORMERS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", TINY, ids=lambda p: p.stem)
 def test_compiled_parts_change_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = detect(build(path))
     compile = torch.compile
