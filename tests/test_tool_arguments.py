@@ -3,7 +3,10 @@
 import pytest
 from engine_support import CONFIG, register_tiny_shapes, tiny_options
 
+from asag.data import SampleError
+from asag.engine import NonFiniteLossError
 from asag.engine.launch import main as train_net
+from asag.engine.memory import NotEnoughMemoryError
 
 
 def test_bad_inputs_of_an_unknown_kind(monkeypatch, capsys):
@@ -47,3 +50,42 @@ def test_overfit_check_from_weights_that_are_not_there(tmp_path, capsys):
     arguments = ["--config-file", str(CONFIG), "--num-gpus", "0", "--overfit-check", *options]
     assert train_net(arguments) == 2
     assert "gone.pth" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [NonFiniteLossError, NotEnoughMemoryError, SampleError])
+def test_profile_that_fails_says_why_without_a_traceback(monkeypatch, capsys, kind):
+    import benchmark
+
+    def fail(*_, **__):
+        raise kind("the step cannot be taken")
+
+    monkeypatch.setattr(benchmark, "profile_steps", fail)
+    assert benchmark.main([str(CONFIG), "--profile", "--device", "cpu"]) == 2
+    assert "the step cannot be taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "mark", "expected"),
+    [
+        (("model_final.pth", "model_0000009.pth"), "model_final.pth", "model_final.pth"),
+        (("model_final.pth", "model_0000009.pth"), "model_0000009.pth", "model_0000009.pth"),
+        (("model_0000009.pth",), "model_final.pth", "model_0000009.pth"),
+        (("model_final.pth", "model_0000009.pth"), None, "model_final.pth"),
+        (("model_best.pth",), None, "model_best.pth"),
+    ],
+)
+def test_report_takes_the_latest_weights(tmp_path, files, mark, expected):
+    """A run that was prolonged and interrupted has a final checkpoint of before."""
+    import report
+
+    for name in files:
+        (tmp_path / name).touch()
+    if mark:
+        (tmp_path / "last_checkpoint").write_text(mark)
+    assert report.weights_file(tmp_path) == tmp_path / expected
+
+
+def test_report_without_weights(tmp_path):
+    import report
+
+    assert report.weights_file(tmp_path) is None

@@ -29,6 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from asag import load_config  # noqa: E402
 from asag.config_loading import find_config  # noqa: E402
+from asag.data import SampleError  # noqa: E402
+from asag.engine import NonFiniteLossError  # noqa: E402
+from asag.engine.memory import NotEnoughMemoryError  # noqa: E402
 from asag.engine.optimizer import build_optimizer  # noqa: E402
 from asag.engine.profiling import (  # noqa: E402
     PhaseTimer,
@@ -52,6 +55,7 @@ from detectron2.modeling import build_model  # noqa: E402
 from detectron2.structures import Boxes, Instances  # noqa: E402
 
 MODES = ("inference", "training")
+STEP_ERRORS = (NonFiniteLossError, NotEnoughMemoryError, SampleError)  # of --profile
 FOLD_NORMS = "fold-norms"
 
 
@@ -337,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.batch, args.size = args.batch or 2, args.size or (800, 1216)
         args.amp = args.amp or "float32"
         arms = [Arm(spec, args) for spec in args.configs]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, *STEP_ERRORS) as error:
         print(f"benchmark: {error.args[0] if len(error.args) == 1 else error}", file=sys.stderr)
         return 2
     settings = {

@@ -104,7 +104,7 @@ def make_report(args: argparse.Namespace) -> Path:
             num_images=args.max_images,
             detections_folder=folder / "inference",
             metrics={k: float(v) for k, v in results.items() if math.isfinite(v)},
-            weights=str(args.weights or _weights_file(run)),
+            weights=str(args.weights or weights_file(run.folder)),
         )
 
 
@@ -126,7 +126,7 @@ def _model(
     run: Run, cfg: CfgNode, weights: Path | None, *, needed_for: Sequence[str]
 ) -> nn.Module | None:
     """The run's model on MODEL.DEVICE of `cfg`; None where there are no weights and no need."""
-    file = weights or _weights_file(run)
+    file = weights or weights_file(run.folder)
     if file is None:
         if needed_for:
             raise RunFolderError(
@@ -141,11 +141,15 @@ def _model(
     return model.eval()
 
 
-def _weights_file(run: Run) -> Path | None:
-    """The final weights, which the last evaluation was made with, else the latest checkpoint."""
-    checkpoints = sorted(run.folder.glob("model_[0-9]*.pth"))[-1:]
-    known = [run.folder / name for name in ("model_final.pth", *RUN_WEIGHTS)]
-    return next((x for x in (known[0], *checkpoints, *known) if x.is_file()), None)
+def weights_file(folder: Path) -> Path | None:
+    """The latest checkpoint of a run, by the mark that resuming goes by; where there is no mark the
+    final weights, else those of the most iterations, else the best."""
+    mark = folder / "last_checkpoint"
+    marked = [folder / mark.read_text(encoding="utf-8").strip()] if mark.is_file() else []
+    checkpoints = sorted(folder.glob("model_[0-9]*.pth"))[-1:]
+    known = [folder / name for name in RUN_WEIGHTS]
+    found = (*marked, folder / "model_final.pth", *checkpoints, *known)
+    return next((x for x in found if x.is_file()), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
