@@ -1,10 +1,11 @@
 """The report of runs that went wrong, and of odd names and numbers."""
 
 import json
+from html.parser import HTMLParser
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from engine_support import register_tiny_shapes, tiny_cfg, write_coco_folder
 
@@ -12,8 +13,10 @@ from asag.data import DatasetError
 from asag.report import REPORT_FILE, Run, RunRecord, write_report
 from asag.report.accuracy import read_detections
 from asag.report.charts import Line, line_chart
-from asag.report.html import tag
+from asag.report.html import join, tag
 from asag.report.page import SECTIONS
+from asag.report.result_sections import accuracy_tables, images, precision_recall
+from asag.report.results import compare_with_data
 
 
 def write_metrics(folder, **values):
@@ -87,3 +90,53 @@ def test_a_later_row_without_a_score_is_noticed(tmp_path):
 
 def test_names_that_utf8_cannot_write():
     assert tag("p", "caf\udce9", title="\udce9").encode("utf-8") == b'<p title="?">caf?</p>'
+
+
+@pytest.mark.parametrize("detected", [True, False], ids=["some detections", "none"])
+@pytest.mark.parametrize("classes", [1, 80])
+def test_many_classes_of_odd_names(tmp_path, classes, detected):
+    """Every other class has an object; the first of them is found."""
+    names = [f"<b onclick='x'>&\"{k}</b>" for k in range(classes)]
+    box = [10.0, 10.0, 40.0, 40.0]
+    objects = [
+        {"id": k + 1, "image_id": 1, "category_id": k + 1, "bbox": box, "area": 1600, "iscrowd": 0}
+        for k in range(0, classes, 2)
+    ]
+    image = {"id": 1, "file_name": "<i>.png", "height": 80, "width": 80}
+    categories = [{"id": k + 1, "name": x} for k, x in enumerate(names)]
+    truth = tmp_path / "truth.json"
+    truth.write_text(
+        json.dumps({"images": [image], "annotations": objects, "categories": categories})
+    )
+    annotations = [
+        {"bbox": box, "bbox_mode": 1, "category_id": x["category_id"] - 1, "iscrowd": 0}
+        for x in objects
+    ]
+    entry = {"file_name": str(tmp_path / "<i>.png"), "image_id": 1, "height": 80, "width": 80}
+    found = tmp_path / "found.json"
+    rows = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.9}] if detected else []
+    found.write_text(json.dumps(rows))
+    DatasetCatalog.register("edge_names", lambda: [entry | {"annotations": annotations}])
+    MetadataCatalog.get("edge_names").set(
+        thing_classes=names,
+        thing_dataset_id_to_contiguous_id={k + 1: k for k in range(classes)},
+        evaluator_type="coco",
+        json_file=str(truth),
+    )
+    try:
+        result = compare_with_data("edge_names", found)
+    finally:
+        DatasetCatalog.remove("edge_names")
+        MetadataCatalog.remove("edge_names")
+    page = join(accuracy_tables(result, {}), precision_recall([result]), images(result, 2))
+    tags: list[str] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda name, attributes: tags.append((name, dict(attributes)))
+    parser.feed(page)
+    assert not [x for x in tags if x[0] in ("b", "i") or "onclick" in x[1]]
+    assert "An image cannot be shown" in page and "&lt;i&gt;.png" in page
+    assert "nan" not in page.lower()
+    curves = [x for x in tags if x[0] == "svg"]
+    drawn = 1 if classes == 1 else 1 + classes // 2
+    assert len(curves) == (drawn if detected else 0)
+    assert ("found nothing at all" in page) == (not detected)
