@@ -48,6 +48,27 @@ def test_pytorch_files(tmp_path: Path, zipped: bool, key: str | None) -> None:
     assert loaded.get("epoch") == (3 if key else None)
 
 
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_what_authors_leave_beside_the_weights(tmp_path: Path, module: str) -> None:
+    """Figures as NumPy's numbers, pickled by an older or a newer one, and paths."""
+    best, curve = np.float64(42.5), np.arange(3, dtype=np.float32)
+    arguments = argparse.Namespace(output=Path("out"), lr=np.float32(0.5))
+    data = {"model": WEIGHTS, "best": best, "curve": curve, "args": arguments}
+    torch.save(data, tmp_path / "x.pth")
+    written = best.__reduce__()[0].__module__.encode()
+    renamed = zipfile.ZipFile(tmp_path / "y.pth", "w")
+    with zipfile.ZipFile(tmp_path / "x.pth") as original, renamed:
+        for item in original.namelist():
+            content = original.read(item)
+            if item.endswith("data.pkl"):
+                assert written in content
+                content = content.replace(written, module.encode())
+            renamed.writestr(item, content)
+    loaded = read_checkpoint(tmp_path / "y.pth")
+    assert same(loaded) and loaded["best"] == best and np.array_equal(loaded["curve"], curve)
+    assert loaded["args"].output == Path("out") and loaded["args"].lr == 0.5
+
+
 def test_prefix_of_distributed_training_is_dropped(tmp_path: Path) -> None:
     torch.save({"model": {f"module.{k}": v for k, v in WEIGHTS.items()}}, tmp_path / "x.pth")
     assert same(read_checkpoint(tmp_path / "x.pth"))

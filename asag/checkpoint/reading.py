@@ -15,7 +15,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,22 @@ import safetensors
 import torch
 from torch import Tensor
 
-# What authors leave in their files beside tensors: their command line.
-ALLOWED = [argparse.Namespace]
+# How NumPy builds an array and a number from bytes. It has moved these functions; asking it finds
+# them in every version.
+_NEW_ARRAY, _NEW_NUMBER = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+# What authors leave in their files beside tensors: their command line, with paths in it, and
+# figures of NumPy's.
+ALLOWED: list[Any] = [
+    *(argparse.Namespace, PosixPath),
+    *(np.ndarray, np.dtype, _NEW_ARRAY, _NEW_NUMBER),
+    *(type(np.dtype(x)) for x in ("f4", "f8", "i4", "i8", "?")),
+]
+if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch 2.6 knows aliases
+    ALLOWED += [
+        (function, f"numpy.{core}.multiarray.{function.__name__}")
+        for function in (_NEW_ARRAY, _NEW_NUMBER)
+        for core in ("core", "_core")
+    ]
 # Entries under which weights stand, ours and Detectron2's first.
 WEIGHTS_KEYS = ("model", "model_state", "state_dict")
 
@@ -130,8 +144,10 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return f"it is cut off after {path.stat().st_size} bytes; download it again"
     if is_zip and not any(x.endswith("data.pkl") for x in zipfile.ZipFile(path).namelist()):
         return "it is a zip archive without weights; unpack it and name the file inside"
-    first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-    return f"it is damaged or no weights file ({first[0][:200]}); download it again"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # Of a file that is no pickle at all, PyTorch only says how to load it without protection.
+    detail = "" if "weights_only" in first else f" ({first[:200]})"
+    return f"it is damaged or no weights file{detail}; download it again"
 
 
 def _refusal(name: str) -> str:
@@ -153,12 +169,11 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-# NumPy has moved these functions; asking it finds them in every version.
 _PICKLE_GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np.zeros(1).__reduce__()[0],
-    ("numpy.core.multiarray", "scalar"): np.float64(0).__reduce__()[0],
+    ("numpy.core.multiarray", "_reconstruct"): _NEW_ARRAY,
+    ("numpy.core.multiarray", "scalar"): _NEW_NUMBER,
     ("numpy.core.numeric", "_frombuffer"): np.zeros(1).__reduce_ex__(5)[0],
     ("collections", "OrderedDict"): OrderedDict,
     ("_codecs", "encode"): _latin1,
