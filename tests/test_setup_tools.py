@@ -62,6 +62,9 @@ def test_every_declared_dependency_has_one_pin_inside_its_range(python):
             assert canonicalize_name(requirement.name) not in pins
             pins[canonicalize_name(requirement.name)] = pin.version
     for declared in map(Requirement, importlib.metadata.requires("asag")):
+        if declared.name == "wandb":  # the client of a service, which sets the version it needs
+            assert "wandb" not in pins
+            continue
         assert declared.specifier.contains(pins[canonicalize_name(declared.name)]), declared
     for package, pin in (tool.split("==") for tool in (*setup_env.BUILD_TOOLS, setup_env.PROBE)):
         assert pins.get(package, pin) == pin
