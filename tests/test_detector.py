@@ -249,16 +249,18 @@ def test_a_configuration_with_other_weights(run_folder, detector, picture):
     for source in (OWN, run_folder, run_folder / "config.yaml"):
         cfg = model_zoo.locate(source, weights=run_folder / "model_final.pth")
         assert str(run_folder / "model_final.pth") == cfg.MODEL.WEIGHTS
-    options = ["MODEL.PROPOSAL_GENERATOR.NUM_QUERIES", "42"]
     loaded = Detector.from_pretrained(
-        "sparse_rcnn_tiny", weights=run_folder / "model_best.pth", device="cpu", options=options
+        "sparse_rcnn_tiny", weights=run_folder / "model_best.pth", device="cpu"
     )
     same(loaded.predict(picture), detector.predict(picture))
 
 
 def test_weights_of_another_model_are_refused(run_folder):
+    options = ["MODEL.PROPOSAL_GENERATOR.NUM_QUERIES", "42"]
     with pytest.raises(ValueError, match="other shapes"):
-        Detector.from_pretrained("sparse_rcnn_tiny", weights=run_folder / "model_best.pth")
+        Detector.from_pretrained(
+            "sparse_rcnn_tiny", weights=run_folder / "model_best.pth", options=options
+        )
 
 
 def test_a_hugging_face_repository(monkeypatch, run_folder):
