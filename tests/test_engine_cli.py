@@ -191,6 +191,7 @@ def test_folder_without_annotations(tmp_path, capsys):
             "TEST.AUG.SIZE_RANGES is .* each of the 9",
         ),
         ((), {"MODEL__WEIGHTS": "/nowhere/model.pth"}, "MODEL.WEIGHTS = /nowhere/model.pth"),
+        ((), {"SOLVER__EPOCHS": 3, "SOLVER__EPOCH_STEPS": "()"}, "MAX_ITER has no effect .* is 3:"),
         (("--eval-only",), {}, "--eval-only needs the weights"),
         (("--eval-only", "--resume"), {}, "there is no checkpoint in OUTPUT_DIR"),
         (("--num-machines", "2"), {}, "--dist-url"),

@@ -146,10 +146,19 @@ def configure(args: argparse.Namespace) -> tuple[CfgNode, CfgNode]:
     """The configuration with overrides (not frozen), and the file's own.
 
     OUTPUT_DIR is output/<name of the file> unless the file or the command line says otherwise.
+
+    Raises:
+        ValueError: an unknown file or value, or an override that would do nothing.
     """
     path = find_config(args.config_file)
     recipe = load_config(str(path))
     cfg = load_config(str(path), args.opts or ())
+    without_effect = {"SOLVER.MAX_ITER", "SOLVER.STEPS"} & set((args.opts or [])[::2])
+    if without_effect and cfg.SOLVER.EPOCHS > 0:
+        raise ValueError(
+            f"{min(without_effect)} has no effect while SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: set "
+            "SOLVER.EPOCHS instead, or add SOLVER.EPOCHS 0 to count in iterations"
+        )
     cfg.defrost()
     if cfg.OUTPUT_DIR == "./output":  # Detectron2's default
         cfg.OUTPUT_DIR = os.path.join("output", path.stem)
