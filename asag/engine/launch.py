@@ -156,8 +156,8 @@ def configure(args: argparse.Namespace) -> tuple[CfgNode, CfgNode]:
     without_effect = {"SOLVER.MAX_ITER", "SOLVER.STEPS"} & set((args.opts or [])[::2])
     if without_effect and cfg.SOLVER.EPOCHS > 0:
         raise ValueError(
-            f"{min(without_effect)} has no effect while SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: set "
-            "SOLVER.EPOCHS instead, or add SOLVER.EPOCHS 0 to count in iterations"
+            f"{min(without_effect)} has no effect while SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: "
+            "set SOLVER.EPOCHS instead, or add SOLVER.EPOCHS 0 to count in iterations"
         )
     cfg.defrost()
     if cfg.OUTPUT_DIR == "./output":  # Detectron2's default
