@@ -95,14 +95,19 @@ def file_names(batch: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def divergence_message(iteration: int, what: str, lr: float, files: Sequence[str]) -> str:
-    """What a user needs to know when numbers stop being numbers."""
+    """What a user needs to know when numbers stop being numbers and the training ends."""
+    return f"training diverged at iteration {iteration}: {describe_step(what, lr, files)}"
+
+
+def describe_step(what: str, lr: float, files: Sequence[str]) -> str:
+    """What was wrong with a step, with which rate and images, and what helps."""
     listed = ", ".join(files[:MAX_LISTED_FILES]) + (
         ", ..." if len(files) > MAX_LISTED_FILES else ""
     )
     return (
-        f"training diverged at iteration {iteration}: {what}. Learning rate {lr:.4g}; images: "
-        f"{listed}. Lower SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS, keep "
-        "SOLVER.CLIP_GRADIENTS on, and prefer SOLVER.AMP.DTYPE bfloat16 to float16."
+        f"{what}. Learning rate {lr:.4g}; images: {listed}. Lower SOLVER.BASE_LR or lengthen "
+        "SOLVER.WARMUP_ITERS, keep SOLVER.CLIP_GRADIENTS on, and prefer SOLVER.AMP.DTYPE bfloat16 "
+        "to float16."
     )
 
 

@@ -32,7 +32,7 @@ from .bad_numbers import (
     pack_sample,
 )
 from .checkpointer import write_atomically
-from .loss_log import NonFiniteLossError, divergence_message, file_names
+from .loss_log import NonFiniteLossError, describe_step, divergence_message, file_names
 from .rng import rng_state
 
 LARGEST_BOX = 1e15  # pixels; the area of a larger box is no number in float32
@@ -260,18 +260,19 @@ class NonFiniteGuard:
     ) -> None:
         self.num_skips += 1
         final = final or self.num_skips > self.max_skips
-        message = divergence_message(
-            step.iteration, what, step.lr, file_names(step.batch) if files is None else files
-        )
+        files = file_names(step.batch) if files is None else files
         # The first and the last: each is as large as a checkpoint.
-        if write and (final or self.num_skips == 1):
-            message += self._keep(step, what, values or {})
+        keep = write and (final or self.num_skips == 1)
+        kept = self._keep(step, what, values or {}) if keep else ""
         if final:
-            raise NonFiniteLossError(message)
+            raise NonFiniteLossError(
+                divergence_message(step.iteration, what, step.lr, files) + kept
+            )
         self._skipped.append(step.iteration)
         logger.warning(
             f"step {self.num_skips} of at most {self.max_skips} (SOLVER.NON_FINITE.MAX_SKIPS) was "
-            f"left out, iteration {step.iteration}: {message.partition(': ')[2]}"
+            f"left out, iteration {step.iteration}: "
+            f"{describe_step(what, step.lr, files)}{kept}"
         )
 
     def _keep(self, step: _Step, what: str, values: Mapping[str, float]) -> str:
