@@ -319,7 +319,7 @@ def test_configurations_train_and_answer(
 
 
 def test_variants_of_the_study_share_what_is_not_compared(tmp_path: Path) -> None:
-    runs = study.plan_runs(study.read_study(ROOT / "projects/ASAG/small_study.yaml"), tmp_path)
+    runs = study.plan_runs(study.read_study(ROOT / "projects/ASAG/small.study"), tmp_path)
     runs = [run for run in runs if run.data == "shapes" and run.seed == 1]
     assert len(runs) == 6
     first, *others = (
