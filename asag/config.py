@@ -334,9 +334,11 @@ def _add_solver(cfg: CN) -> None:
     s.WEIGHT_DECAY = 1e-4
     # Learning rate of the backbone (without its feature pyramid) as a multiple of BASE_LR.
     s.BACKBONE_MULTIPLIER = 1.0
-    # "full_model": one L2 norm over all gradients, as all authors of this family do.
+    # One norm over all gradients, as all authors of this family clip; False clips each parameter by
+    # itself, which is all that Detectron2's own `build_optimizer` can do.
+    s.CLIP_GRADIENTS.FULL_MODEL = True
     s.CLIP_GRADIENTS.ENABLED = True
-    s.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    s.CLIP_GRADIENTS.CLIP_TYPE = "norm"
     s.CLIP_GRADIENTS.CLIP_VALUE = 1.0
     s.CLIP_GRADIENTS.NORM_TYPE = 2.0
     # Number format of mixed precision (SOLVER.AMP.ENABLED): "float16" or "bfloat16".

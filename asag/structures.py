@@ -1,9 +1,8 @@
-"""What flows through the corridor: `Queries`, `Predictions`, and beside them `ImageSizes` and the
-padded ground truth `Targets`.
+"""Data that the components exchange: `Queries`, `Predictions`, `ImageSizes` and the padded ground
+truth `Targets`.
 
 B images, N queries, C channels, S stages, K classes, M objects of the fullest image (padding).
-All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks speak
-for
+All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks mark
 padding everywhere: a padded query attends to nothing, is matched to nothing and is never detected.
 """
 

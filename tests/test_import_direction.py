@@ -17,9 +17,10 @@ LEVELS = {
     "asag.data": 0,
     "asag.checkpoint": 0,
     "asag.modeling.registry": 0,
+    "asag.modeling.events": 0,
     "asag.modeling.layers": 1,
     "asag.modeling.backbone": 2,
-    "asag.modeling.necks": 2,
+    "asag.modeling.neck": 2,
     "asag.modeling.proposals": 2,
     "asag.modeling.heads": 2,
     "asag.modeling.matching": 2,
@@ -70,6 +71,16 @@ def upward(source, module, is_package=False):
         for name, line in imports(source, module, is_package)
         if name.split(".")[0] == "asag" and level(name) > level(module)
     ]
+
+
+def exists(name):
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def test_every_level_is_of_a_module_that_exists():
+    assert [name for name in LEVELS if not exists(name)] == []
+    assert not exists("asag.modeling.necks")
 
 
 def test_no_import_goes_up():

@@ -32,14 +32,17 @@ from asag.config_loading import find_config  # noqa: E402
 from asag.data import SampleError  # noqa: E402
 from asag.engine import NonFiniteLossError  # noqa: E402
 from asag.engine.memory import NotEnoughMemoryError  # noqa: E402
-from asag.engine.optimizer import build_optimizer  # noqa: E402
+from asag.engine.optimizer import (
+    build_clipper,
+    build_optimizer,
+)
 from asag.engine.profiling import (  # noqa: E402
     PhaseTimer,
     host_waits,
     resident_bytes,
     saved_bytes,
 )
-from asag.engine.step import AMP_DTYPES, TrainStep, build_clipper  # noqa: E402
+from asag.engine.step import AMP_DTYPES, TrainStep  # noqa: E402
 from asag.engine.step_profile import (  # noqa: E402
     THRESHOLDS,
     hints,
@@ -75,7 +78,7 @@ class Arm:
         self.model = build_model(cfg)
         if folds_norms(spec, args):
             fold_batch_norms(self.model.eval().backbone)
-        self.optimizer = build_optimizer(cfg, self.model)
+        self.optimizer = build_optimizer(cfg, self.model, clip_in_step=False)
         self.timer = PhaseTimer(self.model, self.optimizer)
         self.train_step = TrainStep(
             self.model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,6 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor
 
-# Names of scalars that must be finite: the losses. The gradient norm of a step that overflowed in
-# float16 is infinite by design, and a matcher's statistic may be a mean over nothing.
-LOSS = "loss"
 MAX_LISTED_FILES = 32
 
 
@@ -35,8 +31,6 @@ class _Pending:
     iteration: int
     names: tuple[str, ...]
     values: Tensor
-    files: tuple[str, ...]
-    lr: float
 
 
 class LossLog:
@@ -48,30 +42,22 @@ class LossLog:
     def __init__(self) -> None:
         self._pending: list[_Pending] = []
 
-    def add(
-        self, iteration: int, scalars: dict[str, Tensor], batch: Sequence[dict[str, Any]], lr: float
-    ) -> None:
+    def add(self, iteration: int, scalars: dict[str, Tensor]) -> None:
         """Remembers a step; copies nothing.
 
         Args:
             iteration: number of the step.
             scalars: 0-dim tensors of one device.
-            batch: the images of this process, for the error message.
-            lr: learning rate of the step.
         """
         values = torch.stack([value.detach().float() for value in scalars.values()])
-        self._pending.append(_Pending(iteration, tuple(scalars), values, file_names(batch), lr))
+        self._pending.append(_Pending(iteration, tuple(scalars), values))
 
     def discard(self, iterations: Sequence[int]) -> None:
         """Forgets steps that were left out, the same on all processes."""
         self._pending = [step for step in self._pending if step.iteration not in iterations]
 
     def collect(self) -> list[StepRecord]:
-        """The steps added since the last call, oldest first.
-
-        Raises:
-            NonFiniteLossError: a loss is NaN or infinite on any process (raised on all of them).
-        """
+        """The steps added since the last call, oldest first."""
         pending, self._pending = self._pending, []
         if not pending:
             return []
@@ -83,8 +69,6 @@ class LossLog:
         records = []
         for step in pending:
             scalars = dict(zip(step.names, itertools.islice(numbers, len(step.names)), strict=True))
-            if not all(math.isfinite(v) for name, v in scalars.items() if LOSS in name):
-                raise NonFiniteLossError(_complaint(step, scalars))
             records.append(StepRecord(step.iteration, scalars))
         return records
 
@@ -109,13 +93,3 @@ def describe_step(what: str, lr: float, files: Sequence[str]) -> str:
         "SOLVER.WARMUP_ITERS, keep SOLVER.CLIP_GRADIENTS on, and prefer SOLVER.AMP.DTYPE bfloat16 "
         "to float16."
     )
-
-
-def _complaint(step: _Pending, scalars: dict[str, float]) -> str:
-    losses = {name: value for name, value in scalars.items() if LOSS in name}
-    bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
-    good = [f"{name} = {value:.4g}" for name, value in losses.items() if math.isfinite(value)]
-    what = ", ".join(bad) + (f" (finite: {', '.join(good)})" if good else "")
-    # Every process sees the same mean and comes here, so this collective call is safe.
-    files = list(itertools.chain(*comm.all_gather(step.files)))
-    return divergence_message(step.iteration, what, step.lr, files)

@@ -14,6 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 
 from ..modeling.layers.buffers import preserved_buffers
@@ -135,12 +136,11 @@ def memory_check(cfg: CfgNode, step: TrainStep, dataset_dicts: Sequence[Mapping[
 def dry_step(step: TrainStep, samples: Sequence[dict[str, Any]]) -> None:
     """Forward and backward pass of one part of a step, without a trace."""
     model = unwrap(step.model)
-    matcher = getattr(model, "matcher", None)
-    metrics = getattr(matcher, "metrics", None)
     model.train()
     step.optimizer.zero_grad(set_to_none=True)
     try:
-        with preserved_rng(), preserved_buffers(model):
+        # The scalars of this pass go into a storage of their own, which is thrown away.
+        with preserved_rng(), preserved_buffers(model), EventStorage():
             reserved = _reserve(step)
             with torch.autocast(step.device.type, step.amp_dtype, enabled=bool(step.amp_dtype)):
                 losses = model(list(samples))
@@ -148,8 +148,6 @@ def dry_step(step: TrainStep, samples: Sequence[dict[str, Any]]) -> None:
             del reserved
     finally:
         step.optimizer.zero_grad(set_to_none=True)
-        if metrics is not None:
-            matcher.metrics = metrics
 
 
 def _reserve(step: TrainStep) -> list[Tensor]:

@@ -1,4 +1,5 @@
-"""Optimisers with one parameter group per distinct (learning rate, weight decay).
+"""Optimizers with one parameter group per distinct (learning rate, weight decay), and gradient
+clipping.
 
 A group per parameter, as Detectron2 builds them, costs one kernel launch per parameter and step;
 merged groups let the fused and foreach implementations do their work.
@@ -6,14 +7,17 @@ merged groups let the fused and foreach implementations do their work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 
 from ..modeling.registry import check_choice
+
+Clipper = Callable[[Sequence[nn.Parameter]], Tensor]
+"""Changes gradients in place and returns the norm that they had together."""
 
 # Detectron2 keeps a feature pyramid inside of the backbone module, but no author of this family
 # counts it as backbone when it comes to learning rates.
@@ -58,11 +62,18 @@ def parameter_groups(
     ]
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9 and 0.999) or SGD (SOLVER.MOMENTUM, SOLVER.NESTEROV) of SOLVER.*.
+def build_optimizer(
+    cfg: CfgNode, model: nn.Module, *, clip_in_step: bool = True
+) -> torch.optim.Optimizer:
+    """Builds AdamW (betas 0.9 and 0.999) or SGD (SOLVER.MOMENTUM, SOLVER.NESTEROV) from SOLVER.*.
 
-    AdamW is fused where torch has that for the parameters' device. Gradient clipping is not part of
-    the optimiser; see `asag.engine.step`.
+    AdamW is fused where torch has a fused kernel for the device of the parameters.
+
+    Args:
+        cfg: SOLVER.{OPTIMIZER, BASE_LR, BACKBONE_MULTIPLIER, WEIGHT_DECAY, CLIP_GRADIENTS}.
+        model: the detector, not wrapped.
+        clip_in_step: clip the gradients at the start of every `step()`, as any training loop needs
+            it; False leaves clipping to the caller (`build_clipper`).
 
     Raises:
         ValueError: an unknown SOLVER.OPTIMIZER, or a model without trainable parameters.
@@ -77,6 +88,22 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     )
     if not groups:
         raise ValueError("the model has no trainable parameter; lower MODEL.BACKBONE.FREEZE_AT")
+    optimizer = _new_optimizer(solver, groups)
+    clip = build_clipper(cfg) if clip_in_step else None
+    if clip is not None:
+        parameters = [p for group in groups for p in group["params"]]
+
+        def clip_gradients(*_: Any) -> None:
+            clip(parameters)
+
+        optimizer.register_step_pre_hook(clip_gradients)
+        # GradScaler leaves it to a fused optimizer to unscale the gradients inside of its kernel,
+        # which is after the clipping; without this mark it unscales them first.
+        optimizer._step_supports_amp_scaling = False
+    return optimizer
+
+
+def _new_optimizer(solver: CfgNode, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     if solver.OPTIMIZER == "SGD":
         return torch.optim.SGD(
             groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV
@@ -85,3 +112,66 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=True)
     except RuntimeError:  # this torch has no fused kernel for the device
         return torch.optim.AdamW(groups, lr=solver.BASE_LR)
+
+
+@torch.no_grad()
+def gradient_norm(parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
+    """Computes the norm of all gradients together in a few kernels, without changing them.
+
+    Returns:
+        0-dim tensor on the gradients' device; zero if there are none.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros((), device=parameters[0].device)
+    norms = torch.stack(torch._foreach_norm(gradients, norm_type))
+    return torch.linalg.vector_norm(norms, norm_type)
+
+
+def build_clipper(cfg: CfgNode) -> Clipper | None:
+    """Builds the gradient clipping of SOLVER.CLIP_GRADIENTS.*.
+
+    With FULL_MODEL (the default, and what all authors of this family do), all gradients are scaled
+    together so that their norm is at most CLIP_VALUE. Without it, CLIP_TYPE means what it means in
+    Detectron2: "norm" clips the norm of each parameter by itself, "value" clamps every element.
+
+    Returns:
+        None if CLIP_GRADIENTS.ENABLED is False.
+
+    Raises:
+        ValueError: an unknown CLIP_TYPE, FULL_MODEL together with "value", or a CLIP_VALUE that is
+            not positive.
+    """
+    c = cfg.SOLVER.CLIP_GRADIENTS
+    if not c.ENABLED:
+        return None
+    if c.CLIP_TYPE == "full_model":
+        raise ValueError(
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE is 'full_model'; write CLIP_TYPE 'norm' and "
+            "FULL_MODEL True instead"
+        )
+    check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", c.CLIP_TYPE, ("norm", "value"))
+    if c.FULL_MODEL and c.CLIP_TYPE == "value":
+        raise ValueError(
+            "SOLVER.CLIP_GRADIENTS.FULL_MODEL is True, but CLIP_TYPE 'value' clamps single "
+            "elements; set FULL_MODEL False, or CLIP_TYPE 'norm'"
+        )
+    limit, norm_type = float(c.CLIP_VALUE), float(c.NORM_TYPE)
+    if not limit > 0:
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE is {limit}; it must be positive")
+
+    def full_model(parameters: Sequence[nn.Parameter]) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, limit, norm_type)
+
+    def norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+        total = gradient_norm(parameters, norm_type)
+        for parameter in parameters:
+            nn.utils.clip_grad_norm_(parameter, limit, norm_type)
+        return total
+
+    def value(parameters: Sequence[nn.Parameter]) -> Tensor:
+        total = gradient_norm(parameters, norm_type)
+        nn.utils.clip_grad_value_(parameters, limit)
+        return total
+
+    return full_model if c.FULL_MODEL else {"norm": norm, "value": value}[c.CLIP_TYPE]

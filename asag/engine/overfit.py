@@ -16,7 +16,7 @@ from ..data import SparseDetectionMapper
 from ..data.mapper import eval_augmentations
 from . import datasets
 from .checkpointer import AtomicCheckpointer
-from .optimizer import build_optimizer
+from .optimizer import build_clipper, build_optimizer
 from .overfit_findings import (
     ENOUGH,
     Finding,
@@ -28,7 +28,7 @@ from .overfit_findings import (
     truth_of,
 )
 from .schedule import resolve_schedule
-from .step import TrainStep, amp_dtype, build_clipper
+from .step import TrainStep, amp_dtype
 
 IMAGES = 4  # at most; more take longer and show no more
 STEPS = 300
@@ -91,7 +91,7 @@ def check_overfit(
     doubts = data_findings(samples)
     if not count_objects(samples):
         return OverfitResult(False, 0, 0.0, {}, {}, tuple(doubts))
-    optimizer = build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, model, clip_in_step=False)
     step = TrainStep(model, optimizer, amp_dtype=amp_dtype(cfg), clip=build_clipper(cfg))
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     first: dict[str, float] = {}

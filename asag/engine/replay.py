@@ -114,7 +114,7 @@ def replay(state: Mapping[str, Any], device: str | None = None) -> Replay:
     watch = PredictionWatch(model)
     step = TrainStep(
         model,
-        build_optimizer(cfg, model),
+        build_optimizer(cfg, model, clip_in_step=False),
         amp_dtype=amp_dtype(cfg),
         accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
     )

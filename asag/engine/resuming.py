@@ -20,8 +20,8 @@ from .hooks import BestResult
 from .rng import rng_state
 from .step import TrainStep
 
-# What `--resume` needs of a checkpoint's "trainer" beside Detectron2's iteration and hooks.
-OWN_STATE = ("optimizer", "grad_scaler", "rng", "seed", "config")
+# The entry in which Detectron2's `DefaultTrainer` (main) keeps the state of its inner trainer.
+INNER = "_trainer"
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +62,14 @@ class ResumableTrainer(DefaultTrainer):
         return self.ema.applied() if use else contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Iteration and hooks (with the learning rate schedule) as Detectron2 keeps them, and what
-        v0.5 leaves out."""
+        """Iteration, hooks (with the learning rate schedule) and optimizer as Detectron2's main
+        keeps them, so that its `DefaultTrainer` can resume, and what it leaves out."""
         return TrainerBase.state_dict(self) | {
-            "optimizer": self.optimizer.state_dict(),
-            "grad_scaler": self._trainer.grad_scaler.state_dict(),
+            INNER: {
+                "iteration": self.iter,
+                "optimizer": self.optimizer.state_dict(),
+                "grad_scaler": self._trainer.grad_scaler.state_dict(),
+            },
             "rng": self._rng_states,
             "seed": self.seed,
             "ema_updates": self.ema.updates if self.ema else 0,
@@ -79,32 +82,50 @@ class ResumableTrainer(DefaultTrainer):
         Raises:
             ValueError: the state is not one of this trainer.
         """
-        missing = set(OWN_STATE) - state_dict.keys()
-        if missing:
+        inner = state_dict.get(INNER, state_dict)  # runs of version 0.1 had no inner entry
+        if "optimizer" not in inner:
             raise ValueError(
-                f"the checkpoint lacks {', '.join(sorted(missing))}: it was not written by this "
-                "trainer. Pass it as MODEL.WEIGHTS, without --resume, to start from its weights."
+                "the checkpoint has no state of the optimizer, so it cannot be resumed "
+                "(DefaultTrainer of Detectron2 v0.5 keeps none). Pass it as MODEL.WEIGHTS, without "
+                "--resume, to start from its weights."
             )
         configured = [dict(group) for group in self.optimizer.param_groups]
         TrainerBase.load_state_dict(self, state_dict)
-        self.optimizer.load_state_dict(state_dict["optimizer"])
+        try:
+            self.optimizer.load_state_dict(inner["optimizer"])
+        except ValueError as error:
+            raise ValueError(
+                f"the checkpoint is of another optimizer ({error}). Pass it as MODEL.WEIGHTS, "
+                "without --resume, to start from its weights."
+            ) from error
         self._keep_configured(configured)
-        self._trainer.grad_scaler.load_state_dict(state_dict["grad_scaler"])
-        self.seed = state_dict["seed"]
-        self._rng_states = state_dict["rng"]
-        if len(self._rng_states) != comm.get_world_size():
+        if "grad_scaler" in inner:
+            self._trainer.grad_scaler.load_state_dict(inner["grad_scaler"])
+        self._load_random_state(state_dict)
+        if self.ema is not None:
+            self.ema.restart()  # from the weights; the checkpoint's average follows, if it has one
+            self.ema.updates = state_dict.get("ema_updates", 0)
+        if "config" in state_dict:
+            changes = differences(CfgNode.load_cfg(state_dict["config"]), self.cfg)
+            for key, (old, new) in changes.items():
+                logger.warning(f"changed since the checkpoint: {key}: {old} -> {new}")
+
+    def _load_random_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over seed and random numbers where the checkpoint has them for these processes."""
+        self.seed = state_dict.get("seed", self.seed)
+        self._rng_states = state_dict.get("rng", [])
+        if not self._rng_states:
+            logger.warning(
+                "the checkpoint was written by Detectron2's DefaultTrainer: the order of the images "
+                "and random numbers start anew"
+            )
+        elif len(self._rng_states) != comm.get_world_size():
             logger.warning(
                 f"the checkpoint was written by {len(self._rng_states)} process(es), now there are "
                 f"{comm.get_world_size()}: random numbers (dropout) go on differently, and images "
                 "may share a batch with others; schedule and images of a step stay"
             )
             self._rng_states = []
-        if self.ema is not None:
-            self.ema.restart()  # from the weights; the checkpoint's average follows, if it has one
-            self.ema.updates = state_dict.get("ema_updates", 0)
-        changes = differences(CfgNode.load_cfg(state_dict["config"]), self.cfg)
-        for key, (old, new) in changes.items():
-            logger.warning(f"changed since the checkpoint: {key}: {old} -> {new}")
 
     def _keep_configured(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Puts rates, decay and the like of the configuration into the optimiser's groups, which
@@ -147,7 +168,7 @@ class ResumableTrainer(DefaultTrainer):
             if resume:
                 logger.info(f"no checkpoint in {self.cfg.OUTPUT_DIR}: training from the start")
             return
-        names = extra.get("class_names", [])
+        names = extra.get("class_names", self.class_names)  # DefaultTrainer keeps none
         if names != self.class_names:
             raise ValueError(
                 f"the run in OUTPUT_DIR = {self.cfg.OUTPUT_DIR} was trained on the classes "

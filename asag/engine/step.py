@@ -6,7 +6,7 @@ A micro-batches of a step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..modeling.registry import check_choice
 from .non_finite import NonFiniteGuard, poison_gradients, update_unless
+from .optimizer import Clipper, gradient_norm
 
 Sample = dict[str, Any]
-Clipper = Callable[[Sequence[nn.Parameter]], Tensor]
-
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -84,8 +83,8 @@ class TrainStep:
         Returns:
             name -> 0-dim tensor on the model's device, detached: every loss of the model (of the
             whole batch), `total_loss`, `grad_norm` (L2 or SOLVER.CLIP_GRADIENTS.NORM_TYPE, over
-            all gradients before clipping), and what the matcher left in its `metrics`. Empty where
-            the guard left out a step that has no losses.
+            all gradients before clipping). Empty where the guard left out a step that has no
+            losses.
 
         Raises:
             ValueError: the batch cannot be cut into equal parts.
@@ -105,8 +104,7 @@ class TrainStep:
             bad = self.guard.examine(logged, gradients=not self.grad_scaler.is_enabled())
             logged["grad_norm"] = self._update(bad)
             self.guard.finish(bad)
-        matcher = getattr(unwrap(self.model), "matcher", None)
-        return logged | dict(getattr(matcher, "metrics", {}))
+        return logged
 
     def backward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
         """Adds the gradients of a batch to what is there; returns its losses and `total_loss`."""
@@ -181,54 +179,6 @@ def object_shares(parts: Sequence[Sequence[Sample]], device: torch.device) -> Te
         torch.distributed.all_reduce(objects)
         objects = objects / comm.get_world_size()
     return objects.clamp(min=1) / objects.sum().clamp(min=1)
-
-
-@torch.no_grad()
-def gradient_norm(parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
-    """Norm of all gradients together, in a few kernels and without changing them.
-
-    Returns:
-        0-dim tensor on the gradients' device; zero if there are none.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return torch.zeros((), device=parameters[0].device)
-    norms = torch.stack(torch._foreach_norm(gradients, norm_type))
-    return torch.linalg.vector_norm(norms, norm_type)
-
-
-def build_clipper(cfg: CfgNode) -> Clipper | None:
-    """Gradient clipping of SOLVER.CLIP_GRADIENTS.{ENABLED, CLIP_TYPE, CLIP_VALUE, NORM_TYPE}.
-
-    "full_model" scales all gradients together so that their norm is at most CLIP_VALUE, "norm" does
-    so for each parameter by itself, "value" clamps every element.
-
-    Raises:
-        ValueError: another CLIP_TYPE, or a CLIP_VALUE that is not positive.
-    """
-    c = cfg.SOLVER.CLIP_GRADIENTS
-    if not c.ENABLED:
-        return None
-    check_choice("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", c.CLIP_TYPE, ("full_model", "norm", "value"))
-    limit, norm_type = float(c.CLIP_VALUE), float(c.NORM_TYPE)
-    if not limit > 0:
-        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE is {limit}; it must be positive")
-
-    def full_model(parameters: Sequence[nn.Parameter]) -> Tensor:
-        return nn.utils.clip_grad_norm_(parameters, limit, norm_type)
-
-    def norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-        total = gradient_norm(parameters, norm_type)
-        for parameter in parameters:
-            nn.utils.clip_grad_norm_(parameter, limit, norm_type)
-        return total
-
-    def value(parameters: Sequence[nn.Parameter]) -> Tensor:
-        total = gradient_norm(parameters, norm_type)
-        nn.utils.clip_grad_value_(parameters, limit)
-        return total
-
-    return {"full_model": full_model, "norm": norm, "value": value}[c.CLIP_TYPE]
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype | None:

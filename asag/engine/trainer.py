@@ -33,14 +33,14 @@ from .hooks import BestResult, Checkpointing, Curves, Evaluation
 from .loss_log import LossLog
 from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
-from .optimizer import build_optimizer
+from .optimizer import build_clipper, build_optimizer
 from .pictures import save_pictures
 from .progress import TrainingProgress, watched
 from .reporting import report_training
 from .resuming import ResumableTrainer
 from .rng import preserved_rng, set_rng_state
 from .schedule import resolve_schedule
-from .step import TrainStep, amp_dtype, build_clipper, unwrap
+from .step import TrainStep, amp_dtype, unwrap
 from .validation import validation_losses
 from .wandb_writer import import_wandb
 from .writers import build_writers
@@ -132,8 +132,8 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See `asag.engine.optimizer`."""
-        return build_optimizer(cfg, model)
+        """See `asag.engine.optimizer`; the training step clips the gradients."""
+        return build_optimizer(cfg, model, clip_in_step=False)
 
     @classmethod
     def build_train_loader(
@@ -295,12 +295,11 @@ class Trainer(ResumableTrainer):
         start = time.perf_counter()
         batch = next(self._batches)
         self.storage.put_scalar("data_time", time.perf_counter() - start)
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
         self._trainer.guard.begin(self.iter, batch)
         with memory_advice(self.cfg, f"iteration {self.iter}, {describe_batch(batch)}"):
             scalars = self._trainer(batch)
         if scalars:
-            self._log.add(self.iter, scalars, batch, lr)
+            self._log.add(self.iter, scalars)
         # On a CPU nothing has to wait for the numbers: look at every step.
         done = self.iter + 1
         if self._on_cpu or done % LOG_PERIOD == 0 or done == self.max_iter:
@@ -314,7 +313,7 @@ class Trainer(ResumableTrainer):
         """Brings the scalars of recent steps to the host and into the storage.
 
         Raises:
-            NonFiniteLossError: one of these steps had a loss that is NaN or infinite.
+            NonFiniteLossError: one of these steps was one non-finite step too many.
         """
         self._trainer.guard.settle()
         self._log.discard(self._trainer.guard.take_skipped())

@@ -27,6 +27,7 @@ from ..structures import ImageSizes, Predictions, Queries, Targets
 from .backbone import ZeroPadding
 from .backbone.parts import backbone_stages
 from .criterion import build_criterion
+from .events import put_scalars
 from .layers.checkpointing import recompute
 from .matching import build_matcher
 from .neck import build_neck
@@ -41,7 +42,7 @@ class SparseDetector(nn.Module):
     """Backbone, proposal generator, ROI heads, matcher, criterion: Detectron2's `GeneralizedRCNN`
     for detectors that work on a few hundred queries."""
 
-    rooms: ClassVar[dict[str, tuple[str, ...]]] = {}
+    requirements: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @configurable
     def __init__(
@@ -145,7 +146,7 @@ class SparseDetector(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         check_config(cfg)
-        cls.check_rooms(cfg)
+        cls.check_requirements(cfg)
         check_choice("MODEL.INFERENCE_DTYPE", cfg.MODEL.INFERENCE_DTYPE, tuple(INFERENCE_DTYPES))
         model, backbone = cfg.MODEL, build_backbone(cfg)
         shape = backbone.output_shape()
@@ -182,13 +183,13 @@ class SparseDetector(nn.Module):
         }
 
     @classmethod
-    def check_rooms(cls, cfg: CfgNode) -> None:
+    def check_requirements(cls, cfg: CfgNode) -> None:
         """A named architecture insists on what makes it that paper.
 
         Raises:
             ValueError: names the key, its value, and the way out.
         """
-        for key, allowed in cls.rooms.items():
+        for key, allowed in cls.requirements.items():
             value: Any = cfg
             for part in key.split("."):
                 value = value[part]
@@ -220,6 +221,7 @@ class SparseDetector(nn.Module):
             predictions, losses = self.predict(images.tensor, sizes, targets)
         if self.training:
             assignment = self.matcher(predictions, targets)
+            put_scalars(getattr(self.matcher, "metrics", {}))
             return losses | self.criterion(predictions, targets, assignment)
         detections = select_detections(
             predictions,
@@ -310,7 +312,7 @@ class SparseRCNN(SparseDetector):
     """Sparse R-CNN (Sun et al., CVPR 2021): learned proposals, dynamic heads, one-to-one
     matching."""
 
-    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+    requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
         "MODEL.PROPOSAL_GENERATOR.NAME": ("LearnedProposals",),
         "MODEL.ROI_HEADS.NAME": ("DynamicConvHeads",),
         "MODEL.DECODER.SELF_ATTENTION": ("msa",),
@@ -324,7 +326,7 @@ class SparseRCNN(SparseDetector):
 class DynamicSparseRCNN(SparseDetector):
     """Sparse R-CNN with dynamic label assignment and dynamic proposals (Hong et al., CVPR 2022)."""
 
-    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+    requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
         "MODEL.PROPOSAL_GENERATOR.NAME": ("DynamicProposals",),
         "MODEL.ROI_HEADS.NAME": ("DynamicConvHeads",),
         "MODEL.DECODER.SELF_ATTENTION": ("msa",),
@@ -339,7 +341,7 @@ class IoUEnhancedSparseRCNN(SparseDetector):
     """Sparse R-CNN with IoU-enhanced attention and dynamic channel weighting (Zhao et al., ECCV
     2022)."""
 
-    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+    requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
         "MODEL.PROPOSAL_GENERATOR.NAME": ("LearnedProposals",),
         "MODEL.ROI_HEADS.NAME": ("DynamicConvHeads",),
         "MODEL.DECODER.SELF_ATTENTION": ("iou_esa",),
@@ -356,7 +358,7 @@ class ASAG(SparseDetector):
     `MODEL.DECODER.STAGE` tells ASAG-A, -S and -D apart.
     """
 
-    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+    requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
         "MODEL.PROPOSAL_GENERATOR.NAME": ("AdaptiveSparseAnchors",),
         "MODEL.ROI_HEADS.NAME": ("ParallelHeads",),
         "MODEL.DECODER.SELF_ATTENTION": ("msa",),
@@ -372,7 +374,7 @@ class DETR(SparseDetector):
     """Transformer encoder and decoder on one feature map, learned object queries (Carion et al.,
     ECCV 2020)."""
 
-    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+    requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
         "MODEL.NECK.NAME": ("TransformerEncoder",),
         "MODEL.PROPOSAL_GENERATOR.NAME": ("ObjectQueries",),
         "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS": ("none",),
@@ -388,7 +390,7 @@ class ConditionalDETR(SparseDetector):
     """DETR whose cross-attention keeps content and position apart, and forms the spatial query from
     a reference point and what the stage before found out (Meng et al., ICCV 2021)."""
 
-    rooms: ClassVar[dict[str, tuple[str, ...]]] = {
+    requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
         "MODEL.NECK.NAME": ("TransformerEncoder",),
         "MODEL.PROPOSAL_GENERATOR.NAME": ("ObjectQueries",),
         "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS": ("predicted", "learned", "origin"),

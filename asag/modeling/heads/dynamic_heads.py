@@ -13,6 +13,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ...structures import ImageSizes, Predictions, Queries
+from ..layers.pooler import build_pooler
 from ..layers.roi_align import PyramidRoIAlign
 from .build import build_attention, build_interaction
 from .stage import DynamicConvStage
@@ -84,11 +85,7 @@ class DynamicConvHeads(nn.Module):
         return {
             "make_stage": make_stage,
             "num_stages": decoder.NUM_STAGES,
-            "pooler": PyramidRoIAlign(
-                strides=[input_shape[f].stride for f in heads.IN_FEATURES],
-                output_size=cfg.MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION,
-                sampling_ratio=cfg.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO,
-            ),
+            "pooler": build_pooler(cfg, input_shape),
             "in_features": heads.IN_FEATURES,
         }
 
