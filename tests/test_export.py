@@ -194,7 +194,9 @@ def command(tmp_path, *words):
     ]
 
 
-def test_tool_keeps_a_good_file_and_rejects_a_tampered_one(exported, tool, tmp_path, monkeypatch):
+def test_tool_keeps_a_good_file_and_rejects_a_tampered_one(
+    exported, tool, tmp_path, monkeypatch, capsys
+):
     model, path = exported
     weights = tmp_path / "weights.pth"
     torch.save({"model": model.state_dict(), "class_names": ["x", "y", "z"]}, weights)
@@ -215,6 +217,12 @@ def test_tool_keeps_a_good_file_and_rejects_a_tampered_one(exported, tool, tmp_p
     written["file"] = tampered(path)
     assert tool.main(arguments) == 1
     assert [x.name for x in (tmp_path / "out").iterdir()] == ["m.onnx.rejected"]
+    assert "have no equal" in capsys.readouterr().err
+
+    assert tool.main(command(tmp_path, "--size", "64", "96")) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "the check needs trained weights" in error
+    assert "pass --weights FILE" in error and "m.onnx.rejected" in error
 
 
 def tampered(path: Path) -> bytes:

@@ -1,11 +1,17 @@
 """RoIAlign over the pyramid against Detectron2's ROIPooler."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from detectron2.modeling import build_model
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 
+from asag import load_config
 from asag.modeling.layers.roi_align import PyramidRoIAlign
+
+TINY = Path(__file__).resolve().parents[1] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
 
 STRIDES = (4, 8, 16, 32)
 METHODS = ["gather", "kernel"]
@@ -152,3 +158,18 @@ def test_nan_boxes_do_not_raise_here(method):
 def test_adaptive_sampling_is_refused():
     with pytest.raises(ValueError, match="POOLER_SAMPLING_RATIO"):
         PyramidRoIAlign(strides=STRIDES, sampling_ratio=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "aligned", "eps"), [("ROIAlignV2", True, 1e-8), ("ROIAlign", False, 1e-6)]
+)
+def test_heads_of_sparse_rcnn_read_the_pooler_type(kind, aligned, eps):
+    cfg = load_config(str(TINY), ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", kind, "MODEL.DEVICE", "cpu"])
+    pooler = build_model(cfg).roi_heads.pooler
+    assert (pooler.aligned, pooler.level_eps) == (aligned, eps)
+
+
+def test_heads_of_sparse_rcnn_refuse_an_unknown_pooler_type():
+    cfg = load_config(str(TINY), ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool"])
+    with pytest.raises(ValueError, match=r"POOLER_TYPE is 'ROIPool'; choose one of: 'ROIAlign'"):
+        build_model(cfg)

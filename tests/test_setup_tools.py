@@ -359,9 +359,24 @@ def test_doctor_knows_the_setuptools_trap(monkeypatch, tmp_path):
     specs = {"detectron2": SimpleNamespace(origin=str(tmp_path / "__init__.py"))}
     monkeypatch.setattr(doctor.importlib.util, "find_spec", specs.get)
     statuses = [line.status for line in doctor.check_detectron2()]
-    assert statuses == ["ok", "note"]
+    assert statuses == ["ok", "ok", "note"]
     specs["pkg_resources"] = SimpleNamespace(origin="somewhere")
-    assert [line.status for line in doctor.check_detectron2()] == ["ok"]
+    assert [line.status for line in doctor.check_detectron2()] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(
+    ("version", "status", "text"),
+    [
+        ("0.5+purepy.1", "ok", "the tests of asag pass on"),
+        ("0.6", "ok", "the tests of asag pass on"),
+        ("0.7", "note", "this Detectron2 was not tested"),
+    ],
+)
+def test_doctor_says_what_was_tested(monkeypatch, version, status, text):
+    monkeypatch.setattr(doctor, "_version", lambda name: version)
+    (line,) = [line for line in doctor.check_detectron2() if "tests of asag" in line.text]
+    assert line.status == status and line.text.startswith(text)
+    assert "02b5c4e of 2026-06-06" in line.text
 
 
 @pytest.mark.parametrize(

@@ -32,10 +32,7 @@ from asag.config_loading import find_config  # noqa: E402
 from asag.data import SampleError  # noqa: E402
 from asag.engine import NonFiniteLossError  # noqa: E402
 from asag.engine.memory import NotEnoughMemoryError  # noqa: E402
-from asag.engine.optimizer import (
-    build_clipper,
-    build_optimizer,
-)
+from asag.engine.optimizer import build_clipper, build_optimizer  # noqa: E402
 from asag.engine.profiling import (  # noqa: E402
     PhaseTimer,
     host_waits,

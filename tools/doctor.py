@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MINIMUM_PYTHON = (3, 10)
 TINY_CONFIG = ROOT / "configs" / "SparseRCNN" / "sparse_rcnn_tiny.yaml"
 
+TESTED_DETECTRON2 = (
+    "v0.5 (the compatibility wheel) and official main at 02b5c4e of 2026-06-06 (version 0.6)"
+)
 INSTALL_PACKAGE = "python -m pip install --no-build-isolation --no-deps -e ."
 INSTALL_DETECTRON2 = "python tools/install_detectron2.py"
 
@@ -150,6 +153,14 @@ def check_detectron2() -> Iterator[Line]:
         )
         return
     yield Line("ok", f"{text}, in {folder}")
+    if version and version.split("+")[0] in ("0.5", "0.6"):
+        yield Line("ok", f"the tests of asag pass on {TESTED_DETECTRON2}")
+    else:
+        yield Line(
+            "note",
+            f"this Detectron2 was not tested; the tests of asag pass on {TESTED_DETECTRON2}",
+            "python -m pytest tests/test_detectron2_host.py",
+        )
     zoo = folder / "model_zoo" / "model_zoo.py"
     needs_pkg_resources = zoo.is_file() and "import pkg_resources" in zoo.read_text()
     if needs_pkg_resources and importlib.util.find_spec("pkg_resources") is None:

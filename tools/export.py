@@ -107,13 +107,25 @@ def export(args: argparse.Namespace) -> int:
     if agreement.problems:
         rejected = output.with_name(output.name + ".rejected")
         os.replace(unchecked, rejected)
-        for problem in agreement.problems:
-            print(f"export: {problem}", file=sys.stderr)
-        print(f"export: the file does not detect what PyTorch does: {rejected}", file=sys.stderr)
+        print_problems(agreement.problems if args.weights else (), rejected)
         return 1
     os.replace(unchecked, output)
     print(f"{output}: {output.stat().st_size / 1e6:.1f} MB")
     return 0
+
+
+def print_problems(problems: Sequence[str], rejected: Path) -> None:
+    """Prints why a file was rejected; without problems, that trained weights are missing."""
+    for problem in problems:
+        print(f"export: {problem}", file=sys.stderr)
+    if problems:
+        print(f"export: the file does not detect what PyTorch does: {rejected}", file=sys.stderr)
+    else:
+        print(
+            "export: the check needs trained weights, because random ones amplify rounding errors: "
+            f"pass --weights FILE; the file is kept as {rejected}",
+            file=sys.stderr,
+        )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -1,16 +1,28 @@
-"""Training: `Trainer`, the schedule in epochs, and the command line of train_net.py."""
+"""Training: `Trainer`, and its parts for use with Detectron2's `DefaultTrainer` or a loop of your
+own."""
 
+from ..data import SparseDetectionMapper
+from .checkpointer import AtomicCheckpointer
+from .ema import WeightAverage
+from .hooks import Curves
 from .loss_log import NonFiniteLossError
-from .optimizer import build_optimizer
+from .optimizer import build_clipper, build_optimizer
+from .progress import TrainingProgress
 from .schedule import Schedule, resolve_schedule
 from .step import TrainStep
 from .trainer import Trainer
 
 __all__ = [
+    "AtomicCheckpointer",
+    "Curves",
     "NonFiniteLossError",
     "Schedule",
+    "SparseDetectionMapper",
     "TrainStep",
     "Trainer",
+    "TrainingProgress",
+    "WeightAverage",
+    "build_clipper",
     "build_optimizer",
     "resolve_schedule",
 ]

@@ -116,8 +116,8 @@ class ResumableTrainer(DefaultTrainer):
         self._rng_states = state_dict.get("rng", [])
         if not self._rng_states:
             logger.warning(
-                "the checkpoint was written by Detectron2's DefaultTrainer: the order of the images "
-                "and random numbers start anew"
+                "the checkpoint was written by Detectron2's DefaultTrainer: the order of the "
+                "images and random numbers start anew"
             )
         elif len(self._rng_states) != comm.get_world_size():
             logger.warning(
