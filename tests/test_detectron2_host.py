@@ -24,7 +24,14 @@ from engine_support import register_tiny_shapes
 
 from asag import Detector, add_asag_config
 from asag.checkpoint.loading import load_weights
-from asag.engine import AtomicCheckpointer, Trainer, build_optimizer
+from asag.engine import (
+    AtomicCheckpointer,
+    Curves,
+    Trainer,
+    TrainingProgress,
+    WeightAverage,
+    build_optimizer,
+)
 from asag.modeling.meta_arch import SparseDetector
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -253,3 +260,19 @@ def test_anchors_warm_up_under_default_trainer(tmp_path):
     )
     trainer.train()
     assert probing == [False] * 3 + [True] * (ITERATIONS - 3)
+
+
+def test_hooks_and_weight_average_under_default_trainer(tmp_path):
+    iterations = 22  # Detectron2's writers write every 20
+    trainer = DefaultTrainer(plain_cfg("SparseRCNN", tmp_path, "SOLVER.MAX_ITER", iterations))
+    bar, average = TrainingProgress(), WeightAverage(trainer.model, decay=0.5)
+    average.follow(trainer.optimizer)
+    trainer.register_hooks([bar, Curves(eval_period=10, log_period=10)])
+    trainer.train()
+    assert (tmp_path / "curves.png").stat().st_size
+    assert bar._bar.n == iterations and "loss" in bar._bar.postfix
+    assert average.updates == iterations
+    latest = copy.deepcopy(trainer.model.state_dict())
+    with average.applied():
+        changed = trainer.model.state_dict()
+        assert any(not torch.equal(changed[name], value) for name, value in latest.items())

@@ -39,7 +39,7 @@ def story(folder: Path) -> None:
     hook = progress.TrainingProgress.if_on_terminal()
     try:
         with EventStorage(2) as storage:
-            trainer = SimpleNamespace(start_iter=2, max_iter=6, results=None, storage=storage)
+            trainer = SimpleNamespace(start_iter=2, max_iter=6, storage=storage)
             if hook:
                 hook.trainer = trainer
                 hook.before_train()
@@ -52,7 +52,7 @@ def story(folder: Path) -> None:
                     for batch in watched([7, 8, 9]):
                         logger.info(f"image {batch}")
                         time.sleep(0.05)
-                    trainer.results = {"bbox": {"AP": 32.1}}
+                    storage.put_scalar("bbox/AP", 32.1)
             if hook:
                 hook.after_train()
         logger.info("the end")

@@ -116,8 +116,8 @@ class Evaluation(HookBase):
 class Curves(HookBase):
     """Draws `curves.png` anew once an evaluation's numbers are in `metrics.json`.
 
-    Runs on the main process, behind the writers. The last drawing is the program's, when all is
-    written.
+    Runs on the main process, behind the writers, under any of Detectron2's trainers. The last
+    drawing is the program's, when all is written.
     """
 
     def __init__(self, eval_period: int, log_period: int) -> None:
@@ -134,7 +134,10 @@ class Curves(HookBase):
         self._pending |= self._eval_period > 0 and done % self._eval_period == 0
         if self._pending and done % self._log_period == 0 and done < self.trainer.max_iter:
             self._pending = False
-            save_curves(Path(self.trainer.cfg.OUTPUT_DIR))
+            folder = Path(self.trainer.cfg.OUTPUT_DIR)
+            metrics = folder / "metrics.json"
+            if metrics.is_file() and metrics.stat().st_size:  # a writer may have another period
+                save_curves(folder)
 
 
 def box_ap(results: Mapping[str, Any]) -> float | None:

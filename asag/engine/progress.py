@@ -19,7 +19,6 @@ from detectron2.utils import comm
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .hooks import box_ap
 from .writers import WINDOW, time_left
 
 REFRESH = 0.2  # seconds between two looks of a bar
@@ -106,9 +105,10 @@ class TrainingProgress(HookBase):
         parts = []
         if "total_loss" in histories:
             parts.append(f"loss {histories['total_loss'].median(WINDOW):.4g}")
-        ap = box_ap(self.trainer.results) if self.trainer.results else None
-        if ap is not None:
-            parts.append(f"AP {ap:.1f}")
+        # With several data sets, the name of the first stands in front.
+        aps = [history for name, history in histories.items() if name.endswith("bbox/AP")]
+        if aps:
+            parts.append(f"AP {aps[0].latest():.1f}")
         remaining = time_left(histories, left)
         if remaining is not None:
             parts.append(f"eta {remaining}")
