@@ -12,11 +12,11 @@ with warnings.catch_warnings():
 
     from . import data, modeling
     from .config import add_asag_config, get_asag_cfg
-    from .config_loading import load_config
+    from .config.loading import load_config
 
 if TYPE_CHECKING:
     from . import model_zoo
-    from .detector import Detections, Detector
+    from .inference.detector import Detections, Detector
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +31,11 @@ __all__ = [
 ]
 
 # Training needs none of these: they are imported when they are first asked for.
-_LATE = {"Detections": ".detector", "Detector": ".detector", "model_zoo": ".model_zoo"}
+_LATE = {
+    "Detections": ".inference.detector",
+    "Detector": ".inference.detector",
+    "model_zoo": ".model_zoo",
+}
 
 
 def __getattr__(name: str) -> Any:

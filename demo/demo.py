@@ -21,11 +21,9 @@ import torch
 from PIL import Image
 
 from asag import load_config, model_zoo
-from asag.config_loading import find_config
+from asag.config.loading import find_config
 from asag.data.image_io import read_image
-from asag.predictor import Predictor
-from asag.visualization.detections import draw_detections
-from asag.visualization.media import (
+from asag.inference.media import (
     VIDEO_SUFFIXES,
     MediaFile,
     VideoReader,
@@ -33,7 +31,9 @@ from asag.visualization.media import (
     VideoWriter,
     find_media,
 )
-from asag.visualization.record import DetectionRecord
+from asag.inference.predictor import Predictor
+from asag.inference.record import DetectionRecord
+from asag.visualization.detections import draw_detections
 
 if TYPE_CHECKING:
     from detectron2.structures import Instances

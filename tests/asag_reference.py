@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import nms
 
-from asag.modeling.proposals.asag.anchors import ProbingRules
-from asag.modeling.proposals.asag.network import AnchorNetwork
+from asag.modeling.proposal_generator.asag.anchors import ProbingRules
+from asag.modeling.proposal_generator.asag.network import AnchorNetwork
 
 Anchor = tuple[float, float, float, float, float]  # cx, cy, w, h in pixels, score
 

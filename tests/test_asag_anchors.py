@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import nms
 
-from asag.modeling.proposals.asag.anchors import (
+from asag.modeling.proposal_generator.asag.anchors import (
     AdaptiveAnchorGenerator,
     GeneratedAnchors,
     ProbingRules,
 )
-from asag.modeling.proposals.asag.network import AnchorNetwork
-from asag.modeling.proposals.asag.patches import (
+from asag.modeling.proposal_generator.asag.network import AnchorNetwork
+from asag.modeling.proposal_generator.asag.patches import (
     centred_corners,
     crop_patches,
     greedy_nms,

@@ -10,8 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from asag.modeling.heads.adamixer import AdaMixerStage, sample_3d
-from asag.modeling.heads.deformable import DeformableStage, embed_boxes
 from asag.modeling.layers.attention import attendable
 from asag.modeling.layers.boxes import cxcywh_to_xyxy
 from asag.modeling.layers.deformable_attention import (
@@ -30,7 +28,9 @@ from asag.modeling.layers.xyzr import (
     xyzr_to_boxes,
 )
 from asag.modeling.neck import DeformableEncoder
-from asag.modeling.proposals.asag.block import ProposalBlock
+from asag.modeling.proposal_generator.asag.block import ProposalBlock
+from asag.modeling.roi_heads.asag.adamixer import AdaMixerStage, sample_3d
+from asag.modeling.roi_heads.asag.deformable import DeformableStage, embed_boxes
 from asag.structures import ImageSizes
 
 SEEDS = st.integers(0, 10_000)

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from asag import load_config
 from asag.checkpoint.asag import keep_copy
+from asag.engine.launch import launch
 from asag.engine.optimizer import parameter_groups
-from asag.engine.processes import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "configs" / "ASAG"

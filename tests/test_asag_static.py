@@ -12,9 +12,9 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from asag import load_config
-from asag.engine.profiling import host_waits
-from asag.modeling.proposals.asag.anchors import GeneratedAnchors
-from asag.modeling.proposals.asag.generator import AdaptiveSparseAnchors
+from asag.diagnostics.profiling import host_waits
+from asag.modeling.proposal_generator.asag.anchors import GeneratedAnchors
+from asag.modeling.proposal_generator.asag.generator import AdaptiveSparseAnchors
 from asag.structures import ImageSizes, Queries, Targets
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,20 +19,24 @@ from asag.modeling.criterion import QueryWeightingCriterion, SetCriterion
 from asag.modeling.layers.boxes import cxcywh_to_xyxy
 from asag.modeling.layers.loss_weights import QueryWeights, weigh_area
 from asag.modeling.matching import HungarianMatcher, MatchingCost, NonFiniteCostError
-from asag.modeling.proposals.asag.anchor_loss import (
+from asag.modeling.proposal_generator.asag.anchor_loss import (
     AnchorCriterion,
     PatchGroup,
     solve_patches,
 )
-from asag.modeling.proposals.asag.anchors import Anchors, GeneratedAnchors, ProbedPatches
-from asag.modeling.proposals.asag.denoising import attendable_pairs, noised_boxes, noised_truth
-from asag.modeling.proposals.asag.patch_targets import (
+from asag.modeling.proposal_generator.asag.anchors import Anchors, GeneratedAnchors, ProbedPatches
+from asag.modeling.proposal_generator.asag.denoising import (
+    attendable_pairs,
+    noised_boxes,
+    noised_truth,
+)
+from asag.modeling.proposal_generator.asag.patch_targets import (
     PatchTargets,
     probed_targets,
     quadrant_targets,
     whole_image_targets,
 )
-from asag.modeling.proposals.asag.training_patches import PatchCompletion, PatchKind
+from asag.modeling.proposal_generator.asag.training_patches import PatchCompletion, PatchKind
 from asag.structures import NoisedPredictions, Predictions, Targets
 
 SEEDS = st.integers(0, 10_000)

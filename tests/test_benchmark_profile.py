@@ -13,9 +13,9 @@ import pytest
 import torch
 from engine_support import CONFIG, register_tiny_shapes, tiny_cfg, tiny_options
 
+from asag.diagnostics.profiling import PhaseTimer, device_busy_ms
+from asag.diagnostics.step_profile import StepProfile, hints, profile_steps, render
 from asag.engine import step_profile, trainer
-from asag.engine.profiling import PhaseTimer, device_busy_ms
-from asag.engine.step_profile import StepProfile, hints, profile_steps, render
 from asag.modeling.matching import HungarianMatcher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -72,7 +72,7 @@ def test_a_slow_matcher_is_bound_by_matching(monkeypatch, tmp_path):
 
 
 def test_nothing_is_said_where_nothing_is_out_of_proportion(monkeypatch, tmp_path):
-    heads = sys.modules["asag.modeling.heads"].DynamicConvHeads
+    heads = sys.modules["asag.modeling.roi_heads"].DynamicConvHeads
     monkeypatch.setattr(heads, "forward", slow(heads.forward, 2 * NAP))
     profile, cfg = run(tmp_path)
     assert profile.phase_ms["roi_heads"] > 1000 * NAP and profile.images == 4

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from asag.modeling.heads.conditional_attention import (
+from asag.modeling.roi_heads.detr.conditional_attention import (
     PROJECTIONS,
     SPATIAL_QUERIES,
     ConditionalCrossAttention,
@@ -16,7 +16,7 @@ from asag.modeling.heads.conditional_attention import (
     IoUEnhancedConditionalSelfAttention,
     SpatialQuery,
 )
-from asag.modeling.heads.iou_esa import iou_prior
+from asag.modeling.roi_heads.sparse_rcnn.iou_esa import iou_prior
 
 B, N, L, C, H = 2, 5, 7, 16, 4
 D = C // H

@@ -9,8 +9,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from asag import get_asag_cfg, load_config
-from asag.config_checks import RULES, Each, check_config
-from asag.engine.launch import main
+from asag.config.rules import RULES, Each, check_config
+from asag.engine.commands import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")
@@ -168,7 +168,7 @@ def with_value(cfg, key, value):
 
 def test_every_number_of_the_library_has_a_range():
     missing = sorted(set(numeric_keys()) - RULES.keys())
-    assert missing == [], "add a line each to RULES in asag/config_checks.py"
+    assert missing == [], "add a line each to RULES in asag/config/rules.py"
 
 
 def test_every_range_is_of_a_key_and_holds_its_default():

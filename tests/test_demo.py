@@ -18,7 +18,7 @@ from PIL import Image
 from asag import load_config
 from asag.checkpoint import SPARSE_RCNN
 from asag.checkpoint.loading import load_weights
-from asag.predictor import Predictor, find_class_names
+from asag.inference.predictor import Predictor, find_class_names
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = str(ROOT / "configs" / "SparseRCNN" / "sparse_rcnn_tiny.yaml")

@@ -15,7 +15,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from asag import load_config
-from asag.modeling.proposals import DenseProposals
+from asag.modeling.proposal_generator import DenseProposals
 from asag.structures import ImageSizes, Queries, Targets
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,8 +19,8 @@ from pycocotools.cocoeval import COCOeval
 from asag import Detector, model_zoo
 from asag.data import ImageReadError
 from asag.data.shapes import ANNOTATION_FILE, ShapesSpec, make_shapes
-from asag.detector import to_rgb
-from asag.predictor import Predictor
+from asag.inference.detector import to_rgb
+from asag.inference.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = "sparse_rcnn_tiny_shapes"

@@ -8,7 +8,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
 
 from asag import add_asag_config, load_config
-from asag.config_loading import leaves
+from asag.config.loading import leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted(

@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from asag import load_config
-from asag.modeling.deploy import fold_batch_norms, prepare_for_inference
+from asag.inference.deploy import fold_batch_norms, prepare_for_inference
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = sorted(ROOT.glob("configs/*/*_tiny.yaml"))

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from asag import get_asag_cfg
 from asag.modeling.backbone import ZeroPadding, build_dc5_resnet_backbone
 from asag.modeling.backbone.zero_padding import padding_masks
-from asag.modeling.heads.cross_attention import DETRCrossAttention, attend, attention_weights
 from asag.modeling.layers.feed_forward import make_mlp
 from asag.modeling.layers.position_encoding import (
     FeaturePositions,
@@ -29,6 +28,11 @@ from asag.modeling.layers.position_encoding import (
 )
 from asag.modeling.layers.residual import Residual
 from asag.modeling.neck.transformer_encoder import EncoderLayer
+from asag.modeling.roi_heads.detr.cross_attention import (
+    DETRCrossAttention,
+    attend,
+    attention_weights,
+)
 from asag.structures import ImageSizes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,8 +22,8 @@ from engine_support import (
 )
 
 from asag.engine import NonFiniteLossError, Trainer
-from asag.engine.launch import build_parser, configure, run
-from asag.engine.processes import launch
+from asag.engine.commands import build_parser, configure, run
+from asag.engine.launch import launch
 
 STEPS = 3
 
@@ -140,7 +140,7 @@ def test_exit_codes_and_wrong_counts():
 
 
 def test_torchrun_environment_is_joined(monkeypatch):
-    from asag.engine.processes import _free_port
+    from asag.engine.launch import _free_port
 
     place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

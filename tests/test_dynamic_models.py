@@ -19,9 +19,9 @@ from asag.checkpoint import SPARSE_RCNN
 from asag.checkpoint.loading import PublishedCheckpointer
 from asag.engine.optimizer import build_clipper, build_optimizer
 from asag.engine.step import TrainStep
-from asag.modeling.heads import ChannelWeightedInteraction, IoUEnhancedSelfAttention
 from asag.modeling.matching import OptimalTransportMatcher
-from asag.modeling.proposals import DynamicProposals
+from asag.modeling.proposal_generator import DynamicProposals
+from asag.modeling.roi_heads import ChannelWeightedInteraction, IoUEnhancedSelfAttention
 from asag.structures import ImageSizes
 
 ROOT = Path(__file__).resolve().parents[1]

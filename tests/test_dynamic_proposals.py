@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from asag.modeling.layers.boxes import cxcywh_to_xyxy
-from asag.modeling.proposals import DynamicProposals, LearnedProposals
+from asag.modeling.proposal_generator import DynamicProposals, LearnedProposals
 from asag.structures import ImageSizes
 
 LEVELS = ["p2", "p3", "p4", "p5"]

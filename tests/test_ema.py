@@ -14,7 +14,7 @@ from torch import nn
 from asag.checkpoint.loading import PublishedCheckpointer, load_weights
 from asag.engine import Trainer
 from asag.engine.ema import WeightAverage
-from asag.predictor import Predictor
+from asag.inference.predictor import Predictor
 
 EMA = {"SOLVER__EMA__ENABLED": True, "SOLVER__EMA__DECAY": 0.7}
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from asag.engine.checkpointer import AtomicCheckpointer
+from asag.checkpoint.checkpointer import AtomicCheckpointer
 from asag.engine.rng import preserved_rng, rng_state, set_rng_state
 
 

@@ -20,7 +20,7 @@ from engine_support import CONFIG, register_tiny_shapes, tiny_options, write_coc
 
 from asag import load_config
 from asag.data.shapes import ANNOTATION_FILE
-from asag.engine.launch import build_parser, configure, find_config, main
+from asag.engine.commands import build_parser, configure, find_config, main
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -16,12 +16,12 @@ from engine_support import register_tiny_shapes, tiny_cfg
 from PIL import Image
 from pycocotools.coco import COCO
 
+from asag.data.catalog import build_evaluator
 from asag.engine import Trainer
-from asag.engine.datasets import build_evaluator
 from asag.engine.hooks import BestResult, Curves, box_ap
-from asag.engine.pictures import save_pictures, spread
 from asag.engine.writers import ConsolePrinter
 from asag.evaluation.coco import CocoBoxEvaluator, choose_backend, evaluate_boxes
+from asag.visualization.pictures import save_pictures, spread
 
 IMAGES, CLASSES = 40, 5
 

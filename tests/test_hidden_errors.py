@@ -8,10 +8,10 @@ import torch
 from engine_support import register_tiny_shapes, tiny_cfg
 from torch import nn
 
+from asag.diagnostics.replay import load_step
 from asag.engine import NonFiniteLossError, Trainer, non_finite
 from asag.engine.ema import WeightAverage
 from asag.engine.non_finite import update_on_device
-from asag.engine.replay import load_step
 
 
 class Doomed(Trainer):

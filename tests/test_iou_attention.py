@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from asag.modeling.heads.iou_esa import (
+from asag.modeling.layers.attention import SelfAttention
+from asag.modeling.roi_heads.sparse_rcnn.iou_esa import (
     IoUAttention,
     IoUEnhancedSelfAttention,
     NoAttention,
     iou_prior,
     iou_weighted_softmax,
 )
-from asag.modeling.layers.attention import SelfAttention
 
 DIM, HEADS = 16, 4
 

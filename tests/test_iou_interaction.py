@@ -7,9 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from asag.modeling.heads.channel_weighting import ChannelWeightedInteraction, TaskPath
-from asag.modeling.heads.disentangled import DisentangledInteraction, SplitDynamicConv
-from asag.modeling.heads.dynamic_conv import DynamicConv
+from asag.modeling.roi_heads.sparse_rcnn.channel_weighting import (
+    ChannelWeightedInteraction,
+    TaskPath,
+)
+from asag.modeling.roi_heads.sparse_rcnn.disentangled import (
+    DisentangledInteraction,
+    SplitDynamicConv,
+)
+from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import DynamicConv
 
 DIM, DYNAMIC, FFN, POSITIONS = 16, 4, 24, 9
 SIZES = {"dim": DIM, "dynamic_dim": DYNAMIC, "ffn_dim": FFN, "num_positions": POSITIONS}

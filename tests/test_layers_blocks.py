@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn.functional import layer_norm
 
-from asag.modeling.heads.dynamic_conv import DynamicConv, RoIProjection
 from asag.modeling.layers.attention import SelfAttention, attendable
 from asag.modeling.layers.feed_forward import FeedForward, make_activation, make_tower
 from asag.modeling.layers.init import prior_bias, xavier_init_matrices
+from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import DynamicConv, RoIProjection
 
 B, N, C, H = 2, 7, 16, 4
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from asag.modeling.proposals import LearnedProposals
-from asag.modeling.proposals.learned import BOX_INITS, initial_boxes
+from asag.modeling.proposal_generator import LearnedProposals
+from asag.modeling.proposal_generator.learned import BOX_INITS, initial_boxes
 from asag.structures import ImageSizes
 
 

@@ -10,7 +10,7 @@ from engine_support import CONFIG, losses, register_tiny_shapes, tiny_cfg, tiny_
 from test_activation_checkpointing import FAMILIES, make_model
 
 from asag.engine import Trainer
-from asag.engine.launch import main
+from asag.engine.commands import main
 from asag.engine.memory import (
     LargestBatch,
     NotEnoughMemoryError,

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from asag import load_config
-from asag.engine.profiling import host_waits
+from asag.diagnostics.profiling import host_waits
 from asag.modeling.layers.roi_align import PyramidRoIAlign
 from asag.structures import ImageSizes, Queries
 

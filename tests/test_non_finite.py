@@ -17,7 +17,9 @@ from test_activation_checkpointing import FAMILIES, make_batch, make_model
 from torch import nn
 
 import asag.engine.step
+from asag.diagnostics.replay import _Trace, load_step, replay, report
 from asag.engine import NonFiniteLossError, Trainer
+from asag.engine.launch import launch
 from asag.engine.non_finite import (
     BOXES,
     LOGITS,
@@ -26,8 +28,6 @@ from asag.engine.non_finite import (
     update_on_device,
     update_unless,
 )
-from asag.engine.processes import launch
-from asag.engine.replay import _Trace, load_step, replay, report
 from asag.engine.step import TrainStep
 from asag.modeling.criterion.set_criterion import SetCriterion
 from asag.modeling.layers.buffers import preserved_buffers

@@ -12,16 +12,16 @@ from detectron2.data import DatasetCatalog
 from engine_support import CONFIG, register_tiny_shapes, tiny_cfg, tiny_options
 
 from asag import load_config
-from asag.engine import Trainer
-from asag.engine.launch import main
-from asag.engine.overfit import (
+from asag.diagnostics.overfit import (
     OverfitResult,
     check_overfit,
     choose_images,
     overfit_config,
     overfit_samples,
 )
-from asag.engine.overfit_findings import data_findings, model_findings
+from asag.diagnostics.overfit_findings import data_findings, model_findings
+from asag.engine import Trainer
+from asag.engine.commands import main
 
 ASAG = CONFIG.parents[1] / "ASAG/asag_tiny.yaml"
 STEPS = 240

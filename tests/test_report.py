@@ -21,12 +21,11 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from asag.config_loading import differences
+from asag.config.loading import differences
 from asag.data import SparseDetectionMapper
 from asag.data.mapper import eval_augmentations
 from asag.engine import reporting
-from asag.engine.launch import main as train_net
-from asag.engine.reporting import report_training
+from asag.engine.commands import main as train_net
 from asag.report import REPORT_FILE, Run, RunFolderError, RunRecord, write_report
 from asag.report.accuracy import AREAS, coco_accuracy
 from asag.report.annotations import DatasetSummary, Truth
@@ -45,6 +44,7 @@ from asag.report.image_errors import (
 from asag.report.matching import matching_statistics
 from asag.report.page import SECTIONS
 from asag.report.pictures import jpeg_uri
+from asag.report.record import report_training
 from asag.structures import ImageSizes
 
 ROOT = Path(__file__).resolve().parents[1]

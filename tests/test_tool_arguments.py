@@ -5,7 +5,7 @@ from engine_support import CONFIG, register_tiny_shapes, tiny_options
 
 from asag.data import SampleError
 from asag.engine import NonFiniteLossError
-from asag.engine.launch import main as train_net
+from asag.engine.commands import main as train_net
 from asag.engine.memory import NotEnoughMemoryError
 
 

@@ -18,7 +18,7 @@ from engine_support import register_tiny_shapes, tiny_options, write_coco_folder
 
 from asag import get_asag_cfg
 from asag.engine import launch
-from asag.engine.launch import build_parser, main
+from asag.engine.commands import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"

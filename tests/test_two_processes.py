@@ -15,7 +15,7 @@ from detectron2.utils.env import seed_all_rng
 from engine_support import losses, register_tiny_shapes, tiny_cfg, weights
 
 from asag.engine import Trainer
-from asag.engine.processes import launch
+from asag.engine.launch import launch
 from asag.engine.validation import validation_losses
 
 VAL = {"DATASETS__TEST": "('engine_shapes_val',)"}

@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from asag.visualization import class_color, draw_comparison, draw_detections, plot_curves
-from asag.visualization.curves import _accuracies, _loss_terms, read_metrics
-from asag.visualization.detections import _place
-from asag.visualization.media import (
+from asag.inference.media import (
     VideoReader,
     VideoReadError,
     VideoWriteError,
     VideoWriter,
     find_media,
 )
-from asag.visualization.record import DetectionRecord
+from asag.inference.record import DetectionRecord
+from asag.visualization import class_color, draw_comparison, draw_detections, plot_curves
+from asag.visualization.curves import _accuracies, _loss_terms, read_metrics
+from asag.visualization.detections import _place
 
 NAMES = ("circle", "square")
 

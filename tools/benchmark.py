@@ -28,25 +28,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from asag import load_config  # noqa: E402
-from asag.config_loading import find_config  # noqa: E402
+from asag.config.loading import find_config  # noqa: E402
 from asag.data import SampleError  # noqa: E402
-from asag.engine import NonFiniteLossError  # noqa: E402
-from asag.engine.memory import NotEnoughMemoryError  # noqa: E402
-from asag.engine.optimizer import build_clipper, build_optimizer  # noqa: E402
-from asag.engine.profiling import (  # noqa: E402
+from asag.diagnostics.profiling import (  # noqa: E402
     PhaseTimer,
     host_waits,
     resident_bytes,
     saved_bytes,
 )
-from asag.engine.step import AMP_DTYPES, TrainStep  # noqa: E402
-from asag.engine.step_profile import (  # noqa: E402
+from asag.diagnostics.step_profile import (  # noqa: E402
     THRESHOLDS,
     hints,
     profile_steps,
 )
-from asag.engine.step_profile import render as render_profile  # noqa: E402
-from asag.modeling.deploy import fold_batch_norms  # noqa: E402
+from asag.diagnostics.step_profile import render as render_profile  # noqa: E402
+from asag.engine import NonFiniteLossError  # noqa: E402
+from asag.engine.memory import NotEnoughMemoryError  # noqa: E402
+from asag.engine.optimizer import build_clipper, build_optimizer  # noqa: E402
+from asag.engine.step import AMP_DTYPES, TrainStep  # noqa: E402
+from asag.inference.deploy import fold_batch_norms  # noqa: E402
 
 import torch  # noqa: E402
 from analyze import image_size  # noqa: E402

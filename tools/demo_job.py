@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="configuration overrides")
     options = parser.parse_args()
 
-    from asag.engine.launch import main as train
+    from asag.engine.commands import main as train
     from asag.visualization.curves import plot_curves
 
     start = time.perf_counter()

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from asag import __version__, load_config  # noqa: E402
 from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.config_loading import find_config  # noqa: E402
+from asag.config.loading import find_config  # noqa: E402
 from asag.export import (  # noqa: E402
     ExportableDetector,
     ExportError,
@@ -42,7 +42,7 @@ from asag.export import (  # noqa: E402
     read_pictures,
 )
 from asag.export.onnx_file import require_packages  # noqa: E402
-from asag.predictor import find_class_names  # noqa: E402
+from asag.inference.predictor import find_class_names  # noqa: E402
 
 import torch  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402

@@ -35,9 +35,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from asag.checkpoint.checkpointer import SCRATCH_FILES
 from asag.data import ShapesSpec
 from asag.data.shapes import make_shapes
-from asag.engine.checkpointer import SCRATCH_FILES
 
 import torch
 from recorded_training import main as train

@@ -24,9 +24,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from asag.checkpoint.checkpointer import write_atomically  # noqa: E402
 from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.config_loading import differences, find_config, load_config  # noqa: E402
-from asag.engine.checkpointer import write_atomically  # noqa: E402
+from asag.config.loading import differences, find_config, load_config  # noqa: E402
 from asag.engine.trainer import Trainer  # noqa: E402
 from asag.files import atomic_writer  # noqa: E402
 from asag.model_zoo.entries import WEIGHTS  # noqa: E402

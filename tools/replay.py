@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from asag.engine.replay import load_step, replay, report  # noqa: E402
+from asag.diagnostics.replay import load_step, replay, report  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

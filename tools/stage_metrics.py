@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from asag.checkpoint.loading import load_weights  # noqa: E402
 from asag.engine import datasets  # noqa: E402
-from asag.engine.launch import (  # noqa: E402
+from asag.engine.commands import (  # noqa: E402
     build_parser,
     choose_device,
     configure,

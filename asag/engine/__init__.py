@@ -1,8 +1,8 @@
 """Training: `Trainer`, and its parts for use with Detectron2's `DefaultTrainer` or a loop of your
 own."""
 
+from ..checkpoint.checkpointer import AtomicCheckpointer
 from ..data import SparseDetectionMapper
-from .checkpointer import AtomicCheckpointer
 from .ema import WeightAverage
 from .hooks import Curves
 from .loss_log import NonFiniteLossError

@@ -16,7 +16,7 @@ from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 
 from ..files import atomic_writer
-from .pictures import save_curves
+from ..visualization.pictures import save_curves
 
 BEST_FILE = "best.json"
 BEST_WEIGHTS = "model_best"

@@ -20,6 +20,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..checkpoint.checkpointer import write_atomically
 from ..modeling.layers.buffers import training_buffers
 from ..structures import NoisedPredictions, Predictions
 from .bad_numbers import (
@@ -31,7 +32,6 @@ from .bad_numbers import (
     describe_values,
     pack_sample,
 )
-from .checkpointer import write_atomically
 from .loss_log import NonFiniteLossError, describe_step, divergence_message, file_names
 from .rng import rng_state
 
@@ -116,7 +116,7 @@ class NonFiniteGuard:
         Args:
             model: not wrapped.
             optimizer: of its parameters.
-            folder: takes `non_finite_<iteration>.pth`, see `asag.engine.replay`.
+            folder: takes `non_finite_<iteration>.pth`, see `asag.diagnostics.replay`.
             config: as yaml, for that file.
             max_skips: bad steps that are left out before one ends the training.
         """

@@ -13,8 +13,8 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
-from ..config_loading import differences
-from .checkpointer import AtomicCheckpointer
+from ..checkpoint.checkpointer import AtomicCheckpointer
+from ..config.loading import differences
 from .ema import WeightAverage
 from .hooks import BestResult
 from .rng import rng_state

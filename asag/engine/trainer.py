@@ -23,10 +23,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from ..checkpoint.checkpointer import AtomicCheckpointer
 from ..data import SparseDetectionMapper, build_train_loader
+from ..data import catalog as datasets
 from ..modeling.tta import DetectorWithTTA, check_test_augmentation
-from . import datasets
-from .checkpointer import AtomicCheckpointer
+from ..report.record import report_training
+from ..visualization.pictures import save_pictures
 from .early_stopping import EarlyStopping
 from .ema import WeightAverage
 from .hooks import BestResult, Checkpointing, Curves, Evaluation
@@ -34,9 +36,7 @@ from .loss_log import LossLog
 from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
 from .optimizer import build_clipper, build_optimizer
-from .pictures import save_pictures
 from .progress import TrainingProgress, watched
-from .reporting import report_training
 from .resuming import ResumableTrainer
 from .rng import preserved_rng, set_rng_state
 from .schedule import resolve_schedule

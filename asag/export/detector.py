@@ -10,10 +10,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..modeling.deploy import prepare_for_inference
+from ..inference.deploy import prepare_for_inference
 from ..modeling.meta_arch import SparseDetector
 from ..modeling.postprocess import top_candidates
-from ..modeling.proposals.asag.anchors import AdaptiveAnchorGenerator
+from ..modeling.proposal_generator.asag.anchors import AdaptiveAnchorGenerator
 from ..structures import ImageSizes
 from .suppression import keep_best
 

@@ -10,7 +10,7 @@ from PIL import Image
 from ..data.image_io import read_image
 from ..data.shapes import STANDARD
 from ..data.shapes_drawing import draw_scene
-from ..visualization.media import find_media
+from ..inference.media import find_media
 
 
 def generated_pictures(

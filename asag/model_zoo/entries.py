@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..config_loading import CONFIG_FOLDERS
+from ..config.loading import CONFIG_FOLDERS
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"

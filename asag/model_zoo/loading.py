@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from ..config_loading import load_config
+from ..config.loading import load_config
 from .entries import Entry, entry, names
 
 RUN_CONFIG = "config.yaml"

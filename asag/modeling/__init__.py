@@ -1,6 +1,8 @@
 """Models; importing this package registers all of them."""
 
-from . import backbone, heads, neck, proposals
+from . import backbone, neck
+from . import proposal_generator as proposals
+from . import roi_heads as heads
 from .meta_arch import (
     ASAG,
     DETR,

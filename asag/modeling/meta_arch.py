@@ -22,7 +22,7 @@ from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from ..config_checks import check_config
+from ..config.rules import check_config
 from ..structures import ImageSizes, Predictions, Queries, Targets
 from .backbone import ZeroPadding
 from .backbone.parts import backbone_stages

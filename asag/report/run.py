@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import get_asag_cfg
-from ..config_loading import Changes, differences, load_config
+from ..config.loading import Changes, differences, load_config
 from ..data.coco_folder import register_table
 from ..data.coco_json import read_coco_table
 from ..data.coco_report import inspect_table

@@ -12,7 +12,7 @@ from typing import Any
 from asag.evaluation.recall import average_recall, matched_overlaps
 from asag.modeling import SparseDetector
 from asag.modeling.layers.boxes import cxcywh_to_xyxy
-from asag.modeling.proposals import AdaptiveSparseAnchors
+from asag.modeling.proposal_generator import AdaptiveSparseAnchors
 from asag.structures import ImageSizes
 
 import numpy as np

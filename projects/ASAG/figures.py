@@ -20,7 +20,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from asag.figure_inputs import add_dataset_options, open_model_and_dataset, read_samples
+from asag.visualization.figure_inputs import (
+    add_dataset_options,
+    open_model_and_dataset,
+    read_samples,
+)
 
 import torch
 from anchor_observations import Observation, Statistics, check_model, collect, normalised, observe

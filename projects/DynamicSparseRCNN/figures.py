@@ -24,8 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asag.figure_inputs import add_dataset_options, open_model_and_dataset, read_samples
 from asag.visualization import class_color, plot_curves
+from asag.visualization.figure_inputs import (
+    add_dataset_options,
+    open_model_and_dataset,
+    read_samples,
+)
 
 import numpy as np
 import torch

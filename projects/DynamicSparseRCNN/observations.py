@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from asag.modeling import SparseDetector
-from asag.modeling.proposals import DynamicProposals
+from asag.modeling.proposal_generator import DynamicProposals
 from asag.structures import ImageSizes
 
 import numpy as np

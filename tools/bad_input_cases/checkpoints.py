@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asag.engine.checkpointer import AtomicCheckpointer
+from asag.checkpoint.checkpointer import AtomicCheckpointer
 
 import numpy as np
 import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asag import load_config
-from asag.config_checks import RULES, Range, check_config
+from asag.config.rules import RULES, Range, check_config
 from asag.engine import Trainer
 from asag.modeling.tta import check_test_augmentation
 

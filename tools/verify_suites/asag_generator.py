@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from asag.checkpoint.asag import ASAG_A, ASAG_S
-from asag.modeling.proposals.asag.anchors import (
+from asag.modeling.proposal_generator.asag.anchors import (
     AdaptiveAnchorGenerator,
     GeneratedAnchors,
     ProbingRules,
 )
-from asag.modeling.proposals.asag.network import AnchorNetwork
-from asag.modeling.proposals.asag.training_patches import PatchCompletion, PatchKind
+from asag.modeling.proposal_generator.asag.network import AnchorNetwork
+from asag.modeling.proposal_generator.asag.training_patches import PatchCompletion, PatchKind
 
 import torch
 from scipy.optimize import linear_sum_assignment

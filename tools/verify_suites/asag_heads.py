@@ -8,20 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from asag.modeling.heads import AdaMixerStage, DynamicConvStage, ParallelHeads
-from asag.modeling.heads.deformable import DeformableStage
-from asag.modeling.heads.interaction import DynamicInteraction
-from asag.modeling.heads.parallel_heads import RoIReader, read_maps
 from asag.modeling.layers.attention import SelfAttention
 from asag.modeling.layers.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from asag.modeling.layers.deformable_attention import MultiScaleMemory
 from asag.modeling.layers.roi_align import PyramidRoIAlign
 from asag.modeling.layers.xyzr import boxes_to_xyzr, xyzr_to_boxes
 from asag.modeling.postprocess import select_detections
-from asag.modeling.proposals.asag.anchors import (
+from asag.modeling.proposal_generator.asag.anchors import (
     AdaptiveAnchorGenerator,
 )
-from asag.modeling.proposals.asag.block import ProposalBlock
+from asag.modeling.proposal_generator.asag.block import ProposalBlock
+from asag.modeling.roi_heads import AdaMixerStage, DynamicConvStage, ParallelHeads
+from asag.modeling.roi_heads.asag.deformable import DeformableStage
+from asag.modeling.roi_heads.asag.heads import RoIReader, read_maps
+from asag.modeling.roi_heads.sparse_rcnn.interaction import DynamicInteraction
 from asag.structures import ImageSizes, Predictions, Queries
 
 import torch

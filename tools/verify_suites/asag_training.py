@@ -12,17 +12,25 @@ from asag.modeling.criterion import QueryWeightingCriterion
 from asag.modeling.layers.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from asag.modeling.layers.loss_weights import QueryWeights, negative_probability
 from asag.modeling.matching import HungarianMatcher, MatchingCost
-from asag.modeling.proposals.asag.anchor_loss import AnchorCriterion
-from asag.modeling.proposals.asag.anchors import Anchors, GeneratedAnchors, ProbedPatches
-from asag.modeling.proposals.asag.denoising import attendable_pairs, noised_boxes, noised_truth
-from asag.modeling.proposals.asag.patch_targets import (
+from asag.modeling.proposal_generator.asag.anchor_loss import AnchorCriterion
+from asag.modeling.proposal_generator.asag.anchors import Anchors, GeneratedAnchors, ProbedPatches
+from asag.modeling.proposal_generator.asag.denoising import (
+    attendable_pairs,
+    noised_boxes,
+    noised_truth,
+)
+from asag.modeling.proposal_generator.asag.patch_targets import (
     PatchTargets,
     probed_targets,
     quadrant_targets,
     whole_image_targets,
 )
-from asag.modeling.proposals.asag.patches import centred_corners
-from asag.modeling.proposals.asag.training_patches import PatchCompletion, PatchKind, Uniform
+from asag.modeling.proposal_generator.asag.patches import centred_corners
+from asag.modeling.proposal_generator.asag.training_patches import (
+    PatchCompletion,
+    PatchKind,
+    Uniform,
+)
 from asag.structures import Predictions, Queries, Targets
 
 import torch

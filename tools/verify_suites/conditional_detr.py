@@ -14,7 +14,6 @@ from asag import get_asag_cfg
 from asag.checkpoint import CONDITIONAL_DETR, DETR
 from asag.modeling.backbone import build_dc5_resnet_backbone
 from asag.modeling.criterion import SetCriterion
-from asag.modeling.heads import ConditionalDETRHeads, DETRHeads
 from asag.modeling.layers.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from asag.modeling.layers.position_encoding import (
     FeaturePositions,
@@ -27,7 +26,8 @@ from asag.modeling.layers.position_encoding import (
 from asag.modeling.matching import HungarianMatcher, MatchingCost
 from asag.modeling.neck import TransformerEncoder
 from asag.modeling.postprocess import select_detections
-from asag.modeling.proposals import ObjectQueries
+from asag.modeling.proposal_generator import ObjectQueries
+from asag.modeling.roi_heads import ConditionalDETRHeads, DETRHeads
 from asag.structures import ImageSizes, Predictions, Targets
 
 import torch

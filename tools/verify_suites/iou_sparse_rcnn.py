@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from asag.checkpoint import IOU_SPARSE_RCNN
-from asag.modeling.heads.channel_weighting import ChannelWeightedInteraction
-from asag.modeling.heads.iou_esa import (
+from asag.modeling.roi_heads.sparse_rcnn.channel_weighting import ChannelWeightedInteraction
+from asag.modeling.roi_heads.sparse_rcnn.iou_esa import (
     IoUEnhancedSelfAttention,
     iou_prior,
     iou_weighted_softmax,
 )
-from asag.modeling.heads.stage import DynamicConvStage
+from asag.modeling.roi_heads.sparse_rcnn.stage import DynamicConvStage
 
 import torch
 from torch import Tensor, nn

@@ -12,11 +12,11 @@ from typing import Any
 
 from asag.checkpoint import NameTable
 from asag.modeling.criterion import SetCriterion
-from asag.modeling.heads import DynamicConvHeads, DynamicConvStage
 from asag.modeling.layers.roi_align import PyramidRoIAlign
 from asag.modeling.matching import HungarianMatcher, MatchingCost
 from asag.modeling.postprocess import select_detections
-from asag.modeling.proposals import LearnedProposals
+from asag.modeling.proposal_generator import LearnedProposals
+from asag.modeling.roi_heads import DynamicConvHeads, DynamicConvStage
 from asag.structures import ImageSizes, Predictions, Targets
 
 import torch

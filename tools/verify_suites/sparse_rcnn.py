@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from asag.checkpoint import SPARSE_RCNN
-from asag.modeling.heads import DynamicConvStage
-from asag.modeling.heads.dynamic_conv import DynamicConv, RoIProjection
-from asag.modeling.heads.interaction import DynamicInteraction
 from asag.modeling.layers.attention import SelfAttention
+from asag.modeling.roi_heads import DynamicConvStage
+from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import DynamicConv, RoIProjection
+from asag.modeling.roi_heads.sparse_rcnn.interaction import DynamicInteraction
 
 import torch
 from torch import nn

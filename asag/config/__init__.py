@@ -1,0 +1,16 @@
+"""Configuration: every key with its default, reading files, and the rules that values obey."""
+
+from .defaults import add_asag_config, get_asag_cfg
+from .loading import CONFIG_FOLDERS, differences, find_config, leaves, load_config
+from .rules import check_config
+
+__all__ = [
+    "CONFIG_FOLDERS",
+    "add_asag_config",
+    "check_config",
+    "differences",
+    "find_config",
+    "get_asag_cfg",
+    "leaves",
+    "load_config",
+]

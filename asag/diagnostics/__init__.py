@@ -1,0 +1,1 @@
+"""Tools that look into a training: overfit check, replay of a step, profilers."""

@@ -1,0 +1,1 @@
+"""Detection in images and videos with a trained model."""

@@ -1,0 +1,285 @@
+"""Detection in three lines: a detector by name, pictures of any kind, results that draw themselves.
+
+    >>> from asag import Detector
+    >>> detector = Detector.from_pretrained("sparse_rcnn_tiny_shapes")
+    >>> found = detector.predict("picture.png", threshold=0.3)
+    >>> found.save("drawn.png")
+
+B pictures, n objects of a picture, H, W its height and width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.structures import Boxes, Instances
+from PIL import Image
+from torch import Tensor
+
+from .. import model_zoo
+from ..data.image_io import read_image, upright
+from .predictor import Predictor
+
+if TYPE_CHECKING:
+    ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
+
+COLOR_ORDERS = ("RGB", "BGR")
+
+
+class Detection(NamedTuple):
+    """One object.
+
+    Attributes:
+        box_xyxy: left, top, right, bottom in pixels of the picture.
+        score: 0 to 1.
+        label: index of the class.
+        name: of the class.
+    """
+
+    box_xyxy: tuple[float, float, float, float]
+    score: float
+    label: int
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """What was found in one picture, by falling score.
+
+    Attributes:
+        boxes_xyxy: (n, 4) float32, left, top, right, bottom in pixels of the upright picture.
+        scores: (n,) float32, 0 to 1.
+        labels: (n,) int64, indices into `class_names`.
+        class_names: index -> name.
+        image_rgb: the picture, (H, W, 3) uint8.
+
+    All tensors are on the CPU.
+    """
+
+    boxes_xyxy: Tensor
+    scores: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+    image_rgb: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[Detection]:
+        rows = zip(
+            self.boxes_xyxy.tolist(), self.scores.tolist(), self.labels.tolist(), strict=True
+        )
+        for box, score, label in rows:
+            yield Detection(tuple(box), score, label, self.class_names[label])
+
+    def __getitem__(self, index: int) -> Detection:
+        label = int(self.labels[index])
+        box = tuple(self.boxes_xyxy[index].tolist())
+        return Detection(box, float(self.scores[index]), label, self.class_names[label])
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        best = ", ".join(f"{x.name} {x.score:.2f}" for x, _ in zip(self, range(5), strict=False))
+        more = ", ..." if len(self) > 5 else ""
+        listed = f": {best}{more}" if best else ""
+        return f"<Detections of {len(self)} in {width}x{height} pixels{listed}>"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the picture."""
+        return self.image_rgb.shape[0], self.image_rgb.shape[1]
+
+    def draw(self) -> Image.Image:
+        """The picture with boxes, names and scores; small pictures are enlarged for them."""
+        from ..visualization.detections import draw_detections  # brings matplotlib along
+
+        drawn = draw_detections(self.image_rgb, self.to_instances(), self.class_names, 0.0)
+        return Image.fromarray(drawn)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Draws into a file, whose suffix gives the format."""
+        self.draw().save(path)
+
+    def to_instances(self) -> Instances:
+        """In Detectron2's form: `pred_boxes`, `scores`, `pred_classes`."""
+        found = Instances(self.image_size)
+        found.pred_boxes = Boxes(self.boxes_xyxy)
+        found.scores = self.scores
+        found.pred_classes = self.labels
+        return found
+
+    def to_coco(
+        self, image_id: int | str, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
+        """As entries of a COCO result file.
+
+        Args:
+            image_id: of the picture in the annotation file.
+            category_ids: label -> category id of the annotation file; default: the label.
+
+        Returns:
+            `image_id`, `category_id`, `bbox` (x, y, width, height), `score` of every object.
+        """
+        return [
+            {
+                "image_id": image_id,
+                "category_id": x.label if category_ids is None else category_ids[x.label],
+                "bbox": [left, top, right - left, bottom - top],
+                "score": x.score,
+            }
+            for x in self
+            for left, top, right, bottom in [x.box_xyxy]
+        ]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Plain numbers and strings: `name`, `label`, `score`, `box_xyxy` of every object."""
+        return [{**x._asdict(), "box_xyxy": list(x.box_xyxy)} for x in self]
+
+
+class Detector:
+    """A trained model that takes pictures as they come.
+
+    Colours cannot be confused silently: files and Pillow images know theirs, arrays and tensors are
+    RGB unless `color_order="BGR"` says that they come from OpenCV.
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        """
+        Args:
+            predictor: model, resize, class names; objects below its score threshold never appear.
+        """
+        self.predictor = predictor
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        device: str | None = None,
+        batch_size: int = 8,
+        options: Sequence[str] = (),
+    ) -> Detector:
+        """A detector with weights.
+
+        Args:
+            source: a name of `asag.model_zoo.names()`; the folder of a training run; a file of
+                weights with config.yaml beside it; a yaml file; hf://owner/name[@revision][/file],
+                a Hugging Face repository with config.yaml.
+            weights: file or address of weights for the model that `source` names.
+            device: "cpu", "cuda", ...; default: a GPU if there is one.
+            batch_size: pictures that go through the model together, at most.
+            options: KEY VALUE words that override the configuration.
+
+        Raises:
+            FileNotFoundError: a file is missing; the message says which one and what to do.
+            KeyError: no such name or configuration key; the message has the nearest ones.
+            ValueError: there are no weights, or they are not of this model.
+        """
+        cfg = model_zoo.locate(source, weights=weights, options=options)
+        cfg.MODEL.DEVICE = model_zoo.choose_device(device)
+        return cls(Predictor.from_config(cfg, batch_size=batch_size))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Index -> name."""
+        return self.predictor.class_names
+
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        threshold: float = 0.3,
+        color_order: str = "RGB",
+    ) -> Detections | list[Detections]:
+        """Finds objects.
+
+        Args:
+            images: one picture, or a list or tuple of pictures of any sizes. A picture is a path,
+                a Pillow image of any mode, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor.
+                The orientation that a camera noted (EXIF) is applied, as viewers do.
+            threshold: objects scored below are left out, 0 to 1.
+            color_order: channels of arrays and tensors, "RGB" or "BGR" (OpenCV); files and Pillow
+                images know theirs.
+
+        Returns:
+            `Detections`, or a list of them for a list.
+
+        Raises:
+            ImageReadError: a file is absent or not an image.
+            TypeError: a picture of another kind.
+            ValueError: wrong shape, dtype, threshold or colour order.
+        """
+        if color_order not in COLOR_ORDERS:
+            raise ValueError(f"color_order is {color_order!r}; it must be 'RGB' or 'BGR'")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is {threshold}; scores lie between 0 and 1")
+        if isinstance(images, list | tuple):
+            return self._detect(list(_all_to_rgb(images, color_order)), threshold)
+        (found,) = self._detect([to_rgb(images, color_order)], threshold)
+        return found
+
+    def _detect(self, pictures_rgb: Sequence[np.ndarray], threshold: float) -> list[Detections]:
+        results = self.predictor(pictures_rgb)
+        return [
+            self._detections(image_rgb, found[found.scores >= threshold])
+            for image_rgb, found in zip(pictures_rgb, results, strict=True)
+        ]
+
+    def _detections(self, image_rgb: np.ndarray, found: Instances) -> Detections:
+        return Detections(
+            boxes_xyxy=found.pred_boxes.tensor.float(),
+            scores=found.scores.float(),
+            labels=found.pred_classes,
+            class_names=self.class_names,
+            image_rgb=image_rgb,
+        )
+
+
+def to_rgb(image: ImageLike, color_order: str = "RGB") -> np.ndarray:
+    """A picture of any kind as an (H, W, 3) uint8 RGB array; see `Detector.predict`.
+
+    Raises:
+        ImageReadError: a file is absent or not an image.
+        TypeError: another kind of object.
+        ValueError: wrong shape or dtype.
+    """
+    if isinstance(image, str | os.PathLike):
+        return read_image(os.fspath(image), "RGB")
+    if isinstance(image, Image.Image):
+        if image.mode == "F":
+            raise ValueError("a Pillow image with floating-point pixels: convert it to 8 bits")
+        return np.array(upright(image).convert("RGB"))
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
+            raise ValueError(
+                "a tensor must be (3, H, W) uint8 with values 0 to 255, got "
+                f"{tuple(image.shape)} {image.dtype}; several pictures go in a list"
+            )
+        array = image.permute(1, 2, 0).cpu().numpy()
+    elif isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise ValueError(
+                "an array must be (H, W, 3) uint8 with values 0 to 255, got "
+                f"{image.shape} {image.dtype}; several pictures go in a list"
+            )
+        array = image
+    else:
+        raise TypeError(
+            f"a picture is a path, a Pillow image, an array or a tensor, not {type(image).__name__}"
+        )
+    return np.ascontiguousarray(array[:, :, ::-1] if color_order == "BGR" else array)
+
+
+def _all_to_rgb(images: Iterable[ImageLike], color_order: str) -> Iterator[np.ndarray]:
+    """`to_rgb` of each; errors say which one."""
+    for position, image in enumerate(images):
+        try:
+            yield to_rgb(image, color_order)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"picture {position}: {error}") from error

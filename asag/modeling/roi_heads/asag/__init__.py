@@ -1,0 +1,1 @@
+"""One stage with parallel auxiliary copies: the decoders of ASAG."""

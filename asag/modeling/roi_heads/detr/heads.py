@@ -1,0 +1,262 @@
+"""The decoders of DETR and Conditional DETR: stages of attention over one feature map.
+
+B images, N queries, L positions of the feature map, S stages, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import ROI_HEADS_REGISTRY
+from torch import Tensor, nn
+
+from ....structures import ImageSizes, Predictions, Queries
+from ...layers.attention import SelfAttention
+from ...layers.boxes import at_least_float32, cxcywh_to_xyxy
+from ...layers.feed_forward import make_mlp
+from ...layers.init import prior_bias, xavier_init_matrices
+from ...layers.position_encoding import FeaturePositions, inverse_sigmoid, sine_embedding
+from ...registry import check_choice
+from ..sparse_rcnn.iou_esa import IoUEnhancedSelfAttention
+from .conditional_attention import (
+    ConditionalCrossAttention,
+    ConditionalSelfAttention,
+    IoUEnhancedConditionalSelfAttention,
+    SpatialQuery,
+)
+from .cross_attention import DETRCrossAttention
+from .decoder_stage import ChannelWeightedDecoderStage, DecoderStage
+
+
+@ROI_HEADS_REGISTRY.register()
+class DETRHeads(nn.Module):
+    """Stages of self- and cross-attention, and the class and box heads that all of them share.
+
+    Keys and values of all stages are projected in one go, and the heads run once for all stages.
+    Between the stages goes the embedding before the final norm.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        make_stage: Callable[[int], DecoderStage],
+        num_stages: int,
+        dim: int,
+        num_logits: int,
+        in_feature: str,
+        positions: FeaturePositions,
+        prior_prob: float | None = None,
+        offsets: bool = False,
+        box_feedback: bool = False,
+        spatial_query: SpatialQuery | None = None,
+    ) -> None:
+        """
+        Args:
+            make_stage: builds the stage of an index from 0.
+            num_stages: S.
+            dim: channels C.
+            num_logits: K, or K + 1 with a background column.
+            in_feature: name of the feature map.
+            positions: position embedding of its cells.
+            prior_prob: class probability that sigmoid classifiers start with; None for softmax.
+            offsets: boxes are offsets to the queries' reference points (Eq. 1) and start at them.
+            box_feedback: tell each stage which boxes the one before predicted.
+            spatial_query: of conditional attention, shared by all stages.
+        """
+        super().__init__()
+        if num_stages < 1:
+            raise ValueError(f"MODEL.DECODER.NUM_STAGES is {num_stages}; it must be at least 1")
+        self.in_feature = in_feature
+        self.positions = positions
+        self.dim = dim
+        self.offsets = offsets
+        self.box_feedback = box_feedback
+        self.stages = nn.ModuleList(make_stage(i) for i in range(num_stages))
+        self.spatial_query = spatial_query
+        self.norm = nn.LayerNorm(dim)
+        self.class_logits = nn.Linear(dim, num_logits)
+        self.box_coordinates = make_mlp(dim, 4, 3)
+        self._init_weights(prior_prob)
+
+    def _init_weights(self, prior_prob: float | None) -> None:
+        xavier_init_matrices(self.stages)
+        for stage in self.stages:
+            for attention in (stage.self_attention, stage.cross_attention):
+                if hasattr(attention, "init_weights"):
+                    attention.init_weights()
+        if prior_prob is not None:
+            nn.init.constant_(self.class_logits.bias, prior_bias(prior_prob))
+        if self.offsets:
+            nn.init.zeros_(self.box_coordinates[-1].weight)
+            nn.init.zeros_(self.box_coordinates[-1].bias)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        decoder, heads = cfg.MODEL.DECODER, cfg.MODEL.ROI_HEADS
+        (feature, shape) = _single_feature(heads.IN_FEATURES, input_shape, decoder.HIDDEN_DIM)
+        focal = cfg.MODEL.CRITERION.CLASS_LOSS == "focal"
+        make_stage = ChannelWeightedDecoderStage if decoder.DCW else DecoderStage
+
+        def make(index: int) -> DecoderStage:
+            first = index == 0
+            return make_stage(
+                **cls.make_attentions(cfg, first),
+                dim=decoder.HIDDEN_DIM,
+                ffn_dim=decoder.FFN_DIM,
+                activation=decoder.ACTIVATION,
+                dropout=decoder.DROPOUT,
+                pre_norm=decoder.PRE_NORM,
+                first=first,
+            )
+
+        check_choice("MODEL.DECODER.SELF_ATTENTION", decoder.SELF_ATTENTION, ("msa", "iou_esa"))
+        return {
+            "make_stage": make,
+            "num_stages": decoder.NUM_STAGES,
+            "dim": decoder.HIDDEN_DIM,
+            "num_logits": heads.NUM_CLASSES + (not focal),
+            "in_feature": feature,
+            "positions": FeaturePositions(
+                dim=decoder.HIDDEN_DIM, stride=shape.stride if cfg.MODEL.EXACT_PADDING else None
+            ),
+            "prior_prob": decoder.PRIOR_PROB if focal else None,
+            "offsets": cfg.MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS != "none",
+            "box_feedback": decoder.SELF_ATTENTION == "iou_esa",
+        }
+
+    @classmethod
+    def make_attentions(cls, cfg: CfgNode, first: bool) -> dict[str, nn.Module]:
+        """Self- and cross-attention of one stage."""
+        options = _attention_options(cfg)
+        enhanced = cfg.MODEL.DECODER.SELF_ATTENTION == "iou_esa"
+        return {
+            "self_attention": (IoUEnhancedSelfAttention if enhanced else SelfAttention)(**options),
+            "cross_attention": DETRCrossAttention(**options),
+        }
+
+    def forward(
+        self, features: dict[str, Tensor], queries: Queries, sizes: ImageSizes
+    ) -> Predictions:
+        """Predictions of all stages.
+
+        Args:
+            features: name -> (B, C, H, W).
+            queries: with content and position, and reference points where boxes are offsets.
+            sizes: of the B images.
+        """
+        feature = features[self.in_feature]
+        memory = feature.flatten(2).transpose(1, 2)  # (B, L, C)
+        spatial_keys, mask = self.positions(feature, sizes)
+        if mask is not None:
+            mask = mask[:, None, None]  # (B, 1, 1, L)
+        attentions = [stage.cross_attention for stage in self.stages]
+        memories = attentions[0].project_memory(attentions, memory, spatial_keys)
+
+        query, position, boxes = queries.content, queries.position, None
+        valid = None if queries.all_valid else queries.valid
+        conditions = self.conditions(queries)
+        cls_queries, reg_queries = [], []
+        for stage, stage_memory in zip(self.stages, memories, strict=True):
+            cls_query, reg_query, query = stage(
+                query, position, boxes, valid, stage_memory, mask, *conditions
+            )
+            cls_queries.append(cls_query)
+            reg_queries.append(reg_query)
+            if self.box_feedback:
+                boxes = self.predict_boxes(self.norm(reg_query), queries, sizes).detach()
+
+        classes = self.norm(torch.stack(cls_queries))  # (S, B, N, C)
+        shared = cls_queries[0] is reg_queries[0]
+        regions = classes if shared else self.norm(torch.stack(reg_queries))
+        return Predictions(
+            at_least_float32(self.class_logits(classes)),
+            self.predict_boxes(regions, queries, sizes),
+            queries.valid,
+        )
+
+    def conditions(self, queries: Queries) -> tuple[SpatialQuery | None, Tensor | None]:
+        """What conditional attention adds to a stage's arguments: the transformation, and the
+        embedded reference points p_s (Eq. 5)."""
+        if self.spatial_query is None:
+            return None, None
+        p_s = sine_embedding(at_least_float32(queries.points_xy), self.dim)
+        return self.spatial_query, p_s.to(queries.content.dtype)
+
+    def predict_boxes(self, embedding: Tensor, queries: Queries, sizes: ImageSizes) -> Tensor:
+        """Normed embeddings (..., B, N, C) -> boxes xyxy (..., B, N, 4) in pixels, float32 (Eq.
+        1)."""
+        coordinates = at_least_float32(self.box_coordinates(embedding))
+        if self.offsets:
+            centre = coordinates[..., :2] + inverse_sigmoid(queries.points_xy)
+            coordinates = torch.cat((centre, coordinates[..., 2:]), dim=-1)
+        return cxcywh_to_xyxy(coordinates.sigmoid()) * sizes.whwh[:, None]
+
+
+@ROI_HEADS_REGISTRY.register()
+class ConditionalDETRHeads(DETRHeads):
+    """DETR's decoder with conditional cross-attention."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        decoder = cfg.MODEL.DECODER
+        if decoder.PRE_NORM:
+            raise ValueError(
+                "MODEL.DECODER.PRE_NORM is on, but the spatial queries of ConditionalDETRHeads are "
+                "defined on normed embeddings; set it to False or MODEL.ROI_HEADS.NAME to "
+                "'DETRHeads'"
+            )
+        if cfg.MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS == "none":
+            raise ValueError(
+                "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS is 'none', but ConditionalDETRHeads "
+                "build their spatial queries on reference points; choose 'origin', 'learned' or "
+                "'predicted'"
+            )
+        spatial_query = SpatialQuery(
+            dim=decoder.HIDDEN_DIM,
+            num_heads=decoder.NUM_HEADS,
+            kind=decoder.SPATIAL_QUERY,
+            projection=decoder.SPATIAL_PROJECTION,
+            num_stages=decoder.NUM_STAGES,
+        )
+        return super().from_config(cfg, input_shape) | {"spatial_query": spatial_query}
+
+    @classmethod
+    def make_attentions(cls, cfg: CfgNode, first: bool) -> dict[str, nn.Module]:
+        options = _attention_options(cfg)
+        enhanced = cfg.MODEL.DECODER.SELF_ATTENTION == "iou_esa"
+        attention = IoUEnhancedConditionalSelfAttention if enhanced else ConditionalSelfAttention
+        return {
+            "self_attention": attention(**options),
+            "cross_attention": ConditionalCrossAttention(**options, first=first),
+        }
+
+
+def _attention_options(cfg: CfgNode) -> dict[str, Any]:
+    decoder = cfg.MODEL.DECODER
+    return {
+        "dim": decoder.HIDDEN_DIM,
+        "num_heads": decoder.NUM_HEADS,
+        "dropout": decoder.DROPOUT,
+    }
+
+
+def _single_feature(
+    names: list[str], shapes: dict[str, ShapeSpec], dim: int
+) -> tuple[str, ShapeSpec]:
+    """The one feature map that a transformer decoder reads, checked."""
+    if len(names) != 1 or names[0] not in shapes:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.IN_FEATURES is {list(names)}; DETR's decoders read one of "
+            f"{sorted(shapes)}"
+        )
+    if shapes[names[0]].channels != dim:
+        raise ValueError(
+            f"MODEL.DECODER.HIDDEN_DIM is {dim}, but the feature {names[0]!r} has "
+            f"{shapes[names[0]].channels} channels"
+        )
+    return names[0], shapes[names[0]]

@@ -1,0 +1,1 @@
+"""Dynamic convolution stages: Sparse R-CNN and its descendants."""

@@ -1,0 +1,80 @@
+"""One refinement stage of the Sparse R-CNN family (Sparse R-CNN, Section 3.3).
+
+B images, N queries, C channels, K classes, P pooled positions.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ...layers.boxes import at_least_float32, decode_deltas
+from ...layers.feed_forward import make_tower
+from ...layers.init import prior_bias, xavier_init_matrices
+
+
+class DynamicConvStage(nn.Module):
+    """Queries look at each other, then at their boxes, then say class and box.
+
+    `attention` and `interaction` are where the papers differ; the rest is common to all of them.
+    """
+
+    def __init__(
+        self,
+        *,
+        attention: nn.Module,
+        interaction: nn.Module,
+        dim: int,
+        num_logits: int,
+        num_cls_layers: int = 1,
+        num_reg_layers: int = 3,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        prior_prob: float | None = 0.01,
+    ) -> None:
+        """
+        Args:
+            attention: `(query, boxes_xyxy, valid) -> (B, N, C)`.
+            interaction: `(query, roi_features) -> (class query, box query, next query)`; its
+                `task_dim` is the width of the first two.
+            dim: channels C.
+            num_logits: K, or K + 1 with a background column.
+            num_cls_layers, num_reg_layers: depth of the towers.
+            activation: of the towers.
+            dropout: rate behind the attention.
+            prior_prob: class probability at the start; None for softmax classifiers.
+        """
+        super().__init__()
+        self.attention = attention
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(dim)
+        self.interaction = interaction
+        task_dim: int = interaction.task_dim
+        self.cls_tower = make_tower(task_dim, num_cls_layers, activation)
+        self.reg_tower = make_tower(task_dim, num_reg_layers, activation)
+        self.class_logits = nn.Linear(task_dim, num_logits)
+        self.box_deltas = nn.Linear(task_dim, 4)
+        xavier_init_matrices(self)
+        # Only this bias: matching it by its length would also hit norms and box deltas of equal
+        # size.
+        if prior_prob is not None:
+            nn.init.constant_(self.class_logits.bias, prior_bias(prior_prob))
+
+    def forward(
+        self, query: Tensor, boxes_xyxy: Tensor, roi_features: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            query: (B, N, C).
+            boxes_xyxy: (B, N, 4) pixels.
+            roi_features: (B * N, P, C) what RoIAlign read at those boxes.
+            valid: (B, N) bool or None where every query is real.
+
+        Returns:
+            logits (B, N, K), refined boxes (B, N, 4) in at least float32, and the next query (B, N,
+            C).
+        """
+        query = self.norm(query + self.dropout(self.attention(query, boxes_xyxy, valid)))
+        cls_query, reg_query, query = self.interaction(query, roi_features)
+        logits = self.class_logits(self.cls_tower(cls_query))
+        deltas = self.box_deltas(self.reg_tower(reg_query))
+        return at_least_float32(logits), decode_deltas(deltas, boxes_xyxy), query
