@@ -45,7 +45,7 @@ format: $(READY)  ## repair style and formatting
 	$(VENV_PYTHON) -m ruff check --fix .
 	$(VENV_PYTHON) -m ruff format .
 
-doctor: $(READY)  ## say what this machine has, what is wrong and how to mend it
+doctor: $(READY)  ## say what this machine has, what is wrong and how to fix it
 	$(VENV_PYTHON) tools/doctor.py
 
 # WITHOUT="opencv-python-headless matplotlib" leaves out large packages

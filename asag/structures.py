@@ -1,5 +1,5 @@
 """Data that the components exchange: `Queries`, `Predictions`, `ImageSizes` and the padded ground
-truth `Targets`.
+ground truth `Targets`.
 
 B images, N queries, C channels, S stages, K classes, M objects of the fullest image (padding).
 All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks mark
@@ -150,7 +150,7 @@ class Predictions:
         """The final stage alone, still with a stage dimension of size one."""
         noised = self.noised
         if noised is not None:
-            noised = NoisedPredictions(noised.predictions.last(), noised.truth)
+            noised = NoisedPredictions(noised.predictions.last(), noised.gt)
         return Predictions(self.logits[-1:], self.boxes_xyxy[-1:], self.valid, noised)
 
 
@@ -160,11 +160,11 @@ class NoisedPredictions:
 
     Attributes:
         predictions: (S, B, D, ...), padding is not valid.
-        truth: (B, D) int64, the ground truth that each answers for, -1 on padding.
+        ground truth: (B, D) int64, the ground truth that each answers for, -1 on padding.
     """
 
     predictions: Predictions
-    truth: Tensor
+    gt: Tensor
 
 
 @dataclass
@@ -176,7 +176,7 @@ class Targets:
         labels: (B, M) int64, zero on padding.
         valid: (B, M) bool.
         image_whwh: (B, 4) float32, width, height, width, height of each unpadded image.
-        counts: objects per image, on the host: asking for them costs no synchronisation.
+        counts: objects per image, on the host: asking for them costs no synchronization.
     """
 
     boxes_xyxy: Tensor

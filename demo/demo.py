@@ -127,13 +127,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_arguments(args)
         draw_to = args.output or (None if args.json else Path("output/demo"))
-        files, complaints = find_media(args.inputs, exclude=draw_to)
+        files, issues = find_media(args.inputs, exclude=draw_to)
         targets = plan_outputs(files, draw_to, args.webcam is not None)
         run = Run(build_predictor(args), args.max_frames)
     except (UsageError, ValueError, KeyError, OSError) as error:
         return refuse(error)
-    for complaint in complaints:
-        run.skip(complaint)
+    for issue in issues:
+        run.skip(issue)
     try:
         with suppress(KeyboardInterrupt):  # what was found so far is worth keeping
             run.all(files, targets)
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def refuse(error: Exception) -> int:
-    """Prints an error that the user can mend; returns the exit status."""
+    """Prints an error that the user can fix; returns the exit status."""
     message = error.args[0] if type(error) is KeyError else error  # KeyError's str adds quotes
     print(f"demo.py: {message}", file=sys.stderr)
     return 2

@@ -77,9 +77,9 @@ def test_rooms_sum_to_the_total(capsys):
     code, out, _ = run(capsys, TINY, "--input", "96x128", "--json")
     (report,) = json.loads(out)
     assert code == 0 and report["input"] == "96x128"
-    assert set(report["rooms"]) == {"backbone", "neck", "proposal_generator", "roi_heads"}
+    assert set(report["components"]) == {"backbone", "neck", "proposal_generator", "roi_heads"}
     for figure in ("parameters", "trainable", "gmacs"):
-        summed = sum(room[figure] for room in report["rooms"].values())
+        summed = sum(component[figure] for component in report["components"].values())
         assert summed == pytest.approx(report[figure])
     assert report["gmacs"] < report["gflops"] < 2 * report["gmacs"]
     assert report["reference"] is None
@@ -91,7 +91,7 @@ def test_convolutions_grow_with_the_padded_area_and_heads_do_not(capsys):
         json.loads(run(capsys, TINY, "--input", size, "--json")[1])[0]
         for size in ("64x64", "128x64", "65x64")
     ]
-    small, double, padded = (r["rooms"] for r in reports)
+    small, double, padded = (r["components"] for r in reports)
     assert double["backbone"]["gmacs"] == pytest.approx(2 * small["backbone"]["gmacs"])
     assert padded["backbone"]["gmacs"] == pytest.approx(1.5 * small["backbone"]["gmacs"])
     assert double["roi_heads"]["gmacs"] == small["roi_heads"]["gmacs"]
@@ -123,7 +123,7 @@ def test_published_figures_of_resnet_50(capsys):
     reference = report["reference"]
     assert reference["parameters"] == 106_237_768 and reference["parameters_differ_by"] == 0
     assert abs(reference["gmacs_differ_by_percent"]) < 0.05
-    heads = report["rooms"]["roi_heads"]["gmacs"]
+    heads = report["components"]["roi_heads"]["gmacs"]
     assert heads == pytest.approx(8.96, abs=0.005)
 
 
@@ -141,16 +141,16 @@ def test_differences_from_published_figures_are_shown(capsys, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "arguments, complaint",
+    "arguments, issue",
     [
         (["nowhere.yaml"], "nowhere.yaml"),
         ([TINY, "--opts", "MODEL.DECODER.NUM_HEDS", "4"], "MODEL.DECODER.NUM_HEADS"),
         ([TINY, "--opts", "MODEL.DECODER.NUM_HEADS", "5"], "MODEL.DECODER.NUM_HEADS"),
     ],
 )
-def test_mistakes_end_with_a_sentence(capsys, arguments, complaint):
+def test_mistakes_end_with_a_sentence(capsys, arguments, issue):
     code, _, err = run(capsys, *arguments)
-    assert code == 2 and complaint in err and len(err.splitlines()) == 1
+    assert code == 2 and issue in err and len(err.splitlines()) == 1
 
 
 def test_image_size_must_be_two_numbers(capsys):

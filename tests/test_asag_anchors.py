@@ -22,7 +22,7 @@ from asag.modeling.proposal_generator.asag.anchors import (
 )
 from asag.modeling.proposal_generator.asag.network import AnchorNetwork
 from asag.modeling.proposal_generator.asag.patches import (
-    centred_corners,
+    centered_corners,
     crop_patches,
     greedy_nms,
     resize_valid,
@@ -266,7 +266,7 @@ def test_crops_equal_slices() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.floats(-50, 700), st.floats(-50, 700), st.integers(10, 640), st.integers(10, 640))
 def test_corners_stay_inside(x: float, y: float, height: int, width: int) -> None:
-    corner = centred_corners(torch.tensor([[[x, y]]]), whwh((height, width)), 16, 15)[0, 0]
+    corner = centered_corners(torch.tensor([[[x, y]]]), whwh((height, width)), 16, 15)[0, 0]
     for start, size in zip(corner.tolist(), (width, height), strict=True):
         assert 0 <= start <= max(-(-size // 16) - 15, 0)
 
@@ -327,5 +327,5 @@ def test_anchors_can_start_on_a_grid():
 
 
 def test_start_of_anchors_is_checked():
-    with pytest.raises(ValueError, match=r"MODEL\.ASAG\.ANCHOR_INIT is 'centre'"):
-        AnchorNetwork(dim=8, anchor_init="centre")
+    with pytest.raises(ValueError, match=r"MODEL\.ASAG\.ANCHOR_INIT is 'center'"):
+        AnchorNetwork(dim=8, anchor_init="center")

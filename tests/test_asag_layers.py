@@ -38,12 +38,12 @@ DIM, CLASSES = 16, 3
 
 
 def make_boxes(batch: int, count: int, size: float = 128.0) -> Tensor:
-    centre, half = torch.rand(batch, count, 2), 0.02 + 0.3 * torch.rand(batch, count, 2)
-    return torch.cat((centre - half, centre + half), dim=-1) * size
+    center, half = torch.rand(batch, count, 2), 0.02 + 0.3 * torch.rand(batch, count, 2)
+    return torch.cat((center - half, center + half), dim=-1) * size
 
 
-def randomise(module: nn.Module) -> nn.Module:
-    """Weights without the zeros of the initialisation, in evaluation mode."""
+def randomize(module: nn.Module) -> nn.Module:
+    """Weights without the zeros of the initialization, in evaluation mode."""
     for parameter in module.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return module.eval()
@@ -185,7 +185,7 @@ def test_deformable_sampling_equals_loops() -> None:
 
 def test_deformable_attention_ignores_padded_cells() -> None:
     torch.manual_seed(0)
-    attention = randomise(DeformableAttention(dim=DIM, num_heads=4, num_levels=2, num_points=2))
+    attention = randomize(DeformableAttention(dim=DIM, num_heads=4, num_levels=2, num_points=2))
     valid = torch.rand(2, 36) > 0.4
     memory = MultiScaleMemory(
         torch.randn(2, 36, DIM), ((5, 6), (3, 2)), valid, torch.ones(2, 2, 2), torch.ones(2, 4)
@@ -214,7 +214,7 @@ def make_maps(batch: int = 2, strides: tuple[int, ...] = (4, 8, 16, 32)) -> list
 
 
 def adamixer() -> AdaMixerStage:
-    return randomise(
+    return randomize(
         AdaMixerStage(
             dim=DIM,
             num_logits=CLASSES,
@@ -235,7 +235,7 @@ def call_adamixer(content: Tensor, boxes: Tensor, mask: Tensor | None) -> tuple[
 
 def call_deformable(content: Tensor, boxes: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     torch.manual_seed(5)
-    stage = randomise(DeformableStage(dim=DIM, num_logits=CLASSES, num_heads=2, ffn_dim=32))
+    stage = randomize(DeformableStage(dim=DIM, num_logits=CLASSES, num_heads=2, ffn_dim=32))
     sizes = ImageSizes.from_hw([(128, 128)] * len(content))
     return stage(content, boxes, flatten_maps(make_maps(len(content)), sizes), mask)
 
@@ -243,7 +243,7 @@ def call_deformable(content: Tensor, boxes: Tensor, mask: Tensor | None) -> tupl
 def call_block(content: Tensor, boxes: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     torch.manual_seed(5)
     pooler = PyramidRoIAlign(strides=(4, 8, 16, 32), aligned=False, level_eps=1e-6)
-    block = randomise(
+    block = randomize(
         ProposalBlock(pooler=pooler, dim=DIM, num_logits=CLASSES, num_heads=2, ffn_dim=32)
     )
     new, logits, refined = block(make_maps(len(boxes)), boxes, mask)
@@ -303,7 +303,7 @@ def test_widths_that_cannot_be_cut(key: str, make) -> None:
 
 
 def make_encoder() -> DeformableEncoder:
-    return randomise(
+    return randomize(
         DeformableEncoder(
             in_features=("res3", "res4", "res5"),
             in_channels=(4, 6, 8),

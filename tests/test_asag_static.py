@@ -99,9 +99,9 @@ def test_sizes_that_follow_the_data_do_wait() -> None:
 def test_training_waits_for_the_costs_of_the_matching_alone(
     generator: AdaptiveSparseAnchors,
 ) -> None:
-    maps, whwh, truth = features(1), sizes(), targets(2)
-    assert waits(generator, lambda: generator.generate(maps, whwh, truth)) == {}
-    assert waits(generator, lambda: generator(maps, whwh, truth)) == {"cpu": 1}
+    maps, whwh, gt = features(1), sizes(), targets(2)
+    assert waits(generator, lambda: generator.generate(maps, whwh, gt)) == {}
+    assert waits(generator, lambda: generator(maps, whwh, gt)) == {"cpu": 1}
 
 
 def waits(generator: AdaptiveSparseAnchors, call: Callable[[], object]) -> dict[str, int]:

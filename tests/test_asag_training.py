@@ -47,9 +47,9 @@ def make_targets(seed: int, counts: tuple[int, ...] = (6, 0, 2), largest: float 
     generator = torch.Generator().manual_seed(seed)
     boxes, labels = [], []
     for count, size in zip(counts, SIZES, strict=False):
-        centre = torch.rand(count, 2, generator=generator)
+        center = torch.rand(count, 2, generator=generator)
         half = 0.02 + largest / 2 * torch.rand(count, 2, generator=generator)
-        box = torch.cat((centre - half, centre + half), dim=1).clamp(0, 1)
+        box = torch.cat((center - half, center + half), dim=1).clamp(0, 1)
         boxes.append(box * size)
         labels.append(torch.randint(4, (count,), generator=generator))
     return Targets.from_lists(boxes, labels, SIZES[: len(counts)])
@@ -185,18 +185,18 @@ def test_flipped_targets_are_the_mirror_image() -> None:
 
 
 def loop_anchor_loss(
-    raw: Tensor, truth: Tensor, cost: MatchingCost, large: bool
+    raw: Tensor, gt: Tensor, cost: MatchingCost, large: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of one patch: (A, 5) against (m, 4)."""
     weights = QueryWeights()
     boxes, logit = raw[:, :4], raw[:, 4]
     score = logit.sigmoid()
-    area = weigh_area(truth[:, 2] * truth[:, 3], cost.area_weight, large=large)
-    iou = pairwise_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
-    giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
+    area = weigh_area(gt[:, 2] * gt[:, 3], cost.area_weight, large=large)
+    iou = pairwise_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt))
+    giou = generalized_box_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt))
     positive = 0.25 * (1 - score) ** 2 * -(score + 1e-8).log()
     negative = 0.75 * score**2 * -(1 - score + 1e-8).log()
-    table = 2 * (positive - negative)[:, None] + 5 * torch.cdist(boxes, truth, p=1) - 2 * giou
+    table = 2 * (positive - negative)[:, None] + 5 * torch.cdist(boxes, gt, p=1) - 2 * giou
     rows, columns = linear_sum_assignment((table * area).detach().numpy())
     ce = l1 = gi = raw.sum() * 0
     for i in range(len(raw)):
@@ -206,9 +206,9 @@ def loop_anchor_loss(
             w = area[t] * weights.positive(score[i], u)
             bce = F.binary_cross_entropy_with_logits(logit[i], u)
             ce = ce + area[t] * bce * (u - score[i]) ** 2
-            l1 = l1 + w * (boxes[i] - truth[t]).abs().sum()
+            l1 = l1 + w * (boxes[i] - gt[t]).abs().sum()
             gi = gi + w * (1 - giou[i, t])
-        elif not len(truth) or iou[i].max() < 0.5:
+        elif not len(gt) or iou[i].max() < 0.5:
             ce = ce + F.softplus(logit[i]) * score[i] ** 2
     return ce, l1, gi
 
@@ -278,10 +278,10 @@ def test_nothing_to_find_still_trains_every_patch() -> None:
 
 
 def test_anchors_that_fit_unmatched_are_no_negatives() -> None:
-    truth = torch.tensor([[[[0.5, 0.5, 0.4, 0.4]]]])
+    gt = torch.tensor([[[[0.5, 0.5, 0.4, 0.4]]]])
     raw = torch.tensor([[[[0.5, 0.5, 0.4, 0.4, 1.0], [0.51, 0.5, 0.4, 0.4, 1.0]]]]).requires_grad_()
     valid = torch.ones(1, 1, 1, dtype=torch.bool)
-    group = PatchGroup(raw, valid[..., 0], PatchTargets(truth, valid))
+    group = PatchGroup(raw, valid[..., 0], PatchTargets(gt, valid))
     criterion = AnchorCriterion(cost=MatchingCost(box_format="cxcywh"))
     match = criterion.match([group])[0]
     assert match.tolist() == [[[0, -1]]]
@@ -327,18 +327,18 @@ def loop_query_weighting(
                 if t < 0:
                     ce = ce + background.sum()
                     continue
-                truth, k = targets.boxes_xyxy[b, t], int(targets.labels[b, t])
-                iou = pairwise_iou(box[None], truth[None])[0, 0].detach()
-                share = truth / scale
+                gt, k = targets.boxes_xyxy[b, t], int(targets.labels[b, t])
+                iou = pairwise_iou(box[None], gt[None])[0, 0].detach()
+                share = gt / scale
                 area = 4 - 3 * ((share[2] - share[0]) * (share[3] - share[1])).sqrt()
                 p = logit[k].sigmoid().detach()
                 w_pos, w_neg = weights.positive(p, iou), weights.negative(p, iou)
                 others = background.sum() - background[k]
                 matched = w_pos * F.softplus(-logit[k]) + w_neg * F.softplus(logit[k])
                 ce = ce + others + area * matched
-                centre = lambda x: torch.cat(((x[:2] + x[2:]) / 2, x[2:] - x[:2]))  # noqa: E731
-                l1 = l1 + area * w_pos * (centre(box / scale) - centre(share)).abs().sum()
-                giou = generalized_box_iou(box[None], truth[None])[0, 0]
+                center = lambda x: torch.cat(((x[:2] + x[2:]) / 2, x[2:] - x[:2]))  # noqa: E731
+                l1 = l1 + area * w_pos * (center(box / scale) - center(share)).abs().sum()
+                giou = generalized_box_iou(box[None], gt[None])[0, 0]
                 gi = gi + area * w_pos * (1 - giou)
         objects = max(sum(targets.counts), 1)
         result.append(torch.stack((2 * ce, 5 * l1, 2 * gi)) / objects)
@@ -402,11 +402,11 @@ def test_softmax_classifiers_are_refused() -> None:
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 20))
 def test_denoising_groups(first: int, second: int, slots: int) -> None:
     targets = make_targets(0, (first, second))
-    truth, group = noised_truth(targets, slots)
+    gt, group = noised_truth(targets, slots)
     for b, count in enumerate((first, second)):
         groups = slots // count if count else 0
         expected = list(range(count)) * groups
-        assert truth[b].tolist() == expected + [-1] * (slots - len(expected))
+        assert gt[b].tolist() == expected + [-1] * (slots - len(expected))
         for k in range(groups):
             assert (group[b] == k).sum() == count
     valid = torch.tensor([[True] * 4, [True, True, False, False]])
@@ -423,11 +423,11 @@ def test_denoising_groups(first: int, second: int, slots: int) -> None:
 def test_noise_is_bounded(seed: int, noise: float) -> None:
     torch.manual_seed(seed)
     targets = make_targets(seed, (3, 2))
-    truth, _ = noised_truth(targets, 12)
-    found = noised_boxes(targets, truth, noise)
+    gt, _ = noised_truth(targets, 12)
+    found = noised_boxes(targets, gt, noise)
     for b in range(2):
-        own = truth[b] >= 0
-        clean, noisy = targets.boxes_xyxy[b][truth[b][own]], found[b][own]
+        own = gt[b] >= 0
+        clean, noisy = targets.boxes_xyxy[b][gt[b][own]], found[b][own]
         size = clean[:, 2:] - clean[:, :2]
         moved = ((noisy - clean)[:, :2] + (noisy - clean)[:, 2:]).abs() / 2
         assert (moved <= size / 2 * noise + 1e-3).all()
@@ -443,16 +443,16 @@ def test_denoising_losses_are_those_of_known_answers(criterion: SetCriterion) ->
         make_predictions(1),
         make_predictions(2),
     )
-    truth = torch.full((3, 7), -1)
-    truth[0, :6], truth[2, :5] = torch.arange(6) % 2, 0
-    noised.valid = truth >= 0
+    gt = torch.full((3, 7), -1)
+    gt[0, :6], gt[2, :5] = torch.arange(6) % 2, 0
+    noised.valid = gt >= 0
     assignment = torch.full((2, 3, 7), -1)
     alone = criterion(predictions, targets, assignment)
-    predictions.noised = NoisedPredictions(noised, truth)
+    predictions.noised = NoisedPredictions(noised, gt)
     losses = criterion(predictions, targets, assignment)
     for name, value in alone.items():
         assert losses[name] == value
-    known = criterion(noised, targets, truth.expand(2, -1, -1))
+    known = criterion(noised, targets, gt.expand(2, -1, -1))
     for name, value in known.items():
         expected = value * 3 / 21  # divided by objects there, by slots here
         torch.testing.assert_close(losses[name.replace("loss_", "loss_dn_")], expected)

@@ -12,7 +12,7 @@ import torch
 from detectron2.modeling import build_model
 
 from asag import load_config
-from asag.checkpoint.layouts import LAYOUTS, recognise
+from asag.checkpoint.layouts import LAYOUTS, recognize
 from asag.checkpoint.loading import PublishedCheckpointer, to_library_names
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +106,7 @@ def model_shapes(case: str) -> Shapes:
 def test_published_files_and_models_hold_the_same(case: str, shared_dir: Path) -> None:
     theirs = contract(case, shared_dir / "spec")
     assert len(theirs) == TOTALS.get(case, len(theirs)) and len(theirs) > 400
-    assert recognise(theirs) == CASES[case][0]
+    assert recognize(theirs) == CASES[case][0]
     table = LAYOUTS[CASES[case][0]]
     with torch.device("meta"):
         empty = {name: torch.empty(shape) for name, shape in theirs.items()}

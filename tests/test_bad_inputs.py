@@ -55,17 +55,17 @@ def wrong(folder: Path) -> str:
     [
         (case(lambda folder: "as told", says=("told",)), None),
         (case(lambda folder: "as told", says=("counted",)), "does not say ['counted']"),
-        (case(lambda folder: "", remedy="mend it"), "was accepted"),
+        (case(lambda folder: "", remedy="fix it"), "was accepted"),
         (case(wrong), "wrongly: two boxes are lost"),
         (case(absent_json), "was refused: DatasetError"),
         (case(absent_json, "check the path", ("absent.json",)), None),
         (case(absent_image, "check the image folder", ("absent.png",)), None),
         (case(absent_json, "buy a new one", ("absent.json",)), "does not say ['buy a new one']"),
-        (case(lambda folder: [][1], "mend it"), "ended in IndexError"),
+        (case(lambda folder: [][1], "fix it"), "ended in IndexError"),
         (case(lambda folder: int("x"), "base 10"), "ended in an error of"),
     ],
 )
-def test_judgement(tmp_path, declared, problem):
+def test_judgment(tmp_path, declared, problem):
     found = judge(declared, tmp_path)
     assert (found is None) == (problem is None)
     assert problem is None or problem in found

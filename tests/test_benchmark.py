@@ -44,8 +44,8 @@ class Sleeper(nn.Module):
         return self.weight * x
 
 
-class Corridor(nn.Module):
-    """Rooms in an order of its own, with a matcher called from within the heads."""
+class Pipeline(nn.Module):
+    """Components in an order of its own, with a matcher called from within the heads."""
 
     def __init__(self, clock):
         super().__init__()
@@ -59,14 +59,14 @@ class Corridor(nn.Module):
 
 
 def test_phases_exclude_the_rooms_within_and_sum_to_the_total(clock):
-    with PhaseTimer(Corridor(clock).eval()) as timer:
+    with PhaseTimer(Pipeline(clock).eval()) as timer:
         spent = timer.measure(lambda: timer.model(torch.ones(())))
     expected = {"other": 25, "backbone": 20, "roi_heads": 10, "matcher": 30, "total": 85}
     assert spent == pytest.approx(expected)
 
 
 def test_training_step_has_backward_and_optimizer(clock):
-    model = Corridor(clock).train()
+    model = Pipeline(clock).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     timer = PhaseTimer(model, optimizer)
 
@@ -83,16 +83,16 @@ def test_training_step_has_backward_and_optimizer(clock):
             clip(None)
         optimizer.step(lambda: wait(5))
 
-    rooms = {"other": 25, "backbone": 20, "roi_heads": 10, "matcher": 30, "backward": 40}
+    components = {"other": 25, "backbone": 20, "roi_heads": 10, "matcher": 30, "backward": 40}
     with timer:
         for clipped, update in ((True, 12), (False, 5)):
             spent = timer.measure(lambda clipped=clipped: step(clipped))
-            assert spent == pytest.approx(rooms | {"optimizer": update, "total": 125 + update})
+            assert spent == pytest.approx(components | {"optimizer": update, "total": 125 + update})
     assert timer.as_optimizer(None) is None
 
 
 def test_timer_leaves_no_hooks(clock):
-    model = Corridor(clock)
+    model = Pipeline(clock)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with PhaseTimer(model, optimizer):
         assert model.backbone._forward_hooks
@@ -226,7 +226,7 @@ def test_same_seed_gives_equal_models_and_batches():
 
 
 @pytest.mark.parametrize(
-    "arguments, complaint",
+    "arguments, issue",
     [
         (["nowhere.yaml", *SMALL], "nowhere.yaml: no such file"),
         ([f"{TINY}@MODEL.DECODER.NUM_HEADS=5", *SMALL], "MODEL.DECODER.NUM_HEADS"),
@@ -234,8 +234,8 @@ def test_same_seed_gives_equal_models_and_batches():
         ([TINY, *SMALL[:-1], "cuda"], "--device cpu"),
     ],
 )
-def test_mistakes_end_with_a_sentence(capsys, monkeypatch, arguments, complaint):
+def test_mistakes_end_with_a_sentence(capsys, monkeypatch, arguments, issue):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert benchmark.main(arguments) == 2
     err = capsys.readouterr().err
-    assert complaint in err and len(err.splitlines()) == 1
+    assert issue in err and len(err.splitlines()) == 1

@@ -27,7 +27,7 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-def randomise(*modules: nn.Module) -> None:
+def randomize(*modules: nn.Module) -> None:
     with torch.no_grad():
         for module in modules:
             for p in module.parameters():
@@ -72,7 +72,7 @@ def slow_cross_attention(
 @pytest.mark.parametrize("padded", [True, False])
 def test_cross_attention_equals_equation_3(first: bool, padded: bool) -> None:
     layers = [ConditionalCrossAttention(dim=C, num_heads=H, first=i == 0) for i in range(2)]
-    randomise(*layers)
+    randomize(*layers)
     layer = layers[0 if first else 1]
     query, position, spatial = torch.randn(B, N, C), torch.randn(1, N, C), torch.randn(1, N, C)
     memory, spatial_keys = torch.randn(B, L, C), torch.randn(1, L, C)
@@ -87,7 +87,7 @@ def test_cross_attention_equals_equation_3(first: bool, padded: bool) -> None:
 
 def test_padding_is_never_attended() -> None:
     layer = ConditionalCrossAttention(dim=C, num_heads=H)
-    randomise(layer)
+    randomize(layer)
     query, position, spatial = torch.randn(B, N, C), torch.randn(1, N, C), torch.randn(1, N, C)
     memory, keys = torch.randn(B, L, C), torch.randn(B, L, C)
     mask = (torch.arange(L) < 4)[None, None, None].expand(B, 1, 1, L)
@@ -102,7 +102,7 @@ def test_padding_is_never_attended() -> None:
 
 def test_self_attention_equals_separate_projections() -> None:
     layer = ConditionalSelfAttention(dim=C, num_heads=H)
-    randomise(layer)
+    randomize(layer)
     query, position = torch.randn(B, N, C), torch.randn(1, N, C)
     weights, biases = layer.in_proj.weight.split(C), layer.in_proj.bias.split(C)
     q, k, v = (query @ w.T + b for w, b in zip(weights, biases, strict=True))
@@ -141,7 +141,7 @@ def test_iou_enhanced_self_attention_weighs_by_overlap() -> None:
 
 def make(kind: str = "csq", projection: str = "diagonal") -> SpatialQuery:
     module = SpatialQuery(dim=C, num_heads=H, kind=kind, projection=projection)
-    randomise(module)
+    randomize(module)
     return module
 
 

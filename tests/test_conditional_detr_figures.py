@@ -70,7 +70,7 @@ def test_combined_maps_are_the_attention(
     assert torch.allclose(seen.maps["combined"].flatten(1), weights[0][0, :, 4], atol=1e-5)
     for kind in attention_maps.KINDS:
         assert torch.allclose(seen.maps[kind].sum((1, 2)), torch.ones(4), atol=1e-5)
-    # Of a product of exponentials, normalised: combined is spatial times content.
+    # Of a product of exponentials, normalized: combined is spatial times content.
     product = seen.maps["spatial"] * seen.maps["content"]
     product /= product.sum((1, 2), keepdim=True)
     assert torch.allclose(seen.maps["combined"], product, atol=1e-5)

@@ -81,7 +81,7 @@ def raw(model: nn.Module, inputs: list[dict[str, Any]]) -> Predictions:
     return model.predict(images.tensor, ImageSizes.from_images(images))[0]
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """Makes what starts at zero or one count."""
     with torch.no_grad():
         for p in model.parameters():
@@ -184,7 +184,7 @@ def test_what_the_paper_counts_for_channel_weighting() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("path", [TINY, TINY_DETR, ABLATIONS / "detr_iou_esa_dcw.yaml"])
 def test_a_batch_gives_what_each_image_gives(path: Path, training: bool) -> None:
-    model = randomise(build(path, *SMALL)).train(training)
+    model = randomize(build(path, *SMALL)).train(training)
     for m in model.modules():
         if isinstance(m, nn.Dropout | nn.BatchNorm2d) or hasattr(m, "dropout"):
             m.train(False)
@@ -198,16 +198,16 @@ def test_a_batch_gives_what_each_image_gives(path: Path, training: bool) -> None
         assert (together.logits[:, b] - alone.logits[:, 0]).abs().max() < 1e-5
 
 
-def test_without_exact_padding_neighbours_leave_a_trace() -> None:
+def test_without_exact_padding_neighbors_leave_a_trace() -> None:
     inputs = [sample(97, 130, 0), sample(120, 85, 0, seed=1)]
-    model = randomise(build(TINY, *SMALL, "MODEL.EXACT_PADDING", False)).eval()
+    model = randomize(build(TINY, *SMALL, "MODEL.EXACT_PADDING", False)).eval()
     together, alone = raw(model, inputs), raw(model, inputs[:1])
     assert not torch.allclose(together.logits[:, :1], alone.logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", [TINY, TINY_DETR])
 def test_invalid_queries_change_nothing(path: Path) -> None:
-    model = randomise(build(path, *SMALL)).eval()
+    model = randomize(build(path, *SMALL)).eval()
     images = model.preprocess_images([sample(64, 64, 0), sample(60, 90, 0, seed=1)])
     sizes = ImageSizes.from_images(images)
     with torch.no_grad():
@@ -232,14 +232,14 @@ def test_boxes_start_at_the_reference_points() -> None:
     predictions = raw(model, [sample(64, 100, 0)])
     points = model.proposal_generator.point_coordinates() * torch.tensor([100.0, 64.0])
     boxes = predictions.boxes_xyxy
-    centre, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
-    assert torch.allclose(centre, points.expand_as(centre), atol=1e-3)
+    center, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+    assert torch.allclose(center, points.expand_as(center), atol=1e-3)
     assert torch.allclose(size, torch.tensor([50.0, 32.0]).expand_as(size), atol=1e-3)
     assert predictions.logits.sigmoid().mean() < 0.05
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "issue"),
     [
         (("MODEL.DECODER.PRE_NORM", True), r"MODEL\.DECODER\.PRE_NORM"),
         (("MODEL.ENCODER.IN_FEATURE", "res9"), r"MODEL\.ENCODER\.IN_FEATURE is 'res9'"),
@@ -252,9 +252,9 @@ def test_boxes_start_at_the_reference_points() -> None:
         (("MODEL.INFERENCE_DTYPE", "int8"), r"MODEL\.INFERENCE_DTYPE"),
     ],
 )
-def test_impossible_configurations_name_their_key(options: tuple, complaint: str) -> None:
+def test_impossible_configurations_name_their_key(options: tuple, issue: str) -> None:
     free = ("MODEL.META_ARCHITECTURE", "SparseDetector")
-    with pytest.raises(ValueError, match=complaint):
+    with pytest.raises(ValueError, match=issue):
         build(TINY, *SMALL, *free, *options)
 
 
@@ -266,7 +266,7 @@ def test_named_architectures_insist_on_their_rooms() -> None:
 def published(path: Path, classes: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model on a ResNet with random weights, and the same weights in the authors' layout."""
     columns = ("MODEL.ROI_HEADS.NUM_CLASSES", classes)
-    model = randomise(build(path, *SMALL, *columns))
+    model = randomize(build(path, *SMALL, *columns))
     table = CONDITIONAL_DETR if "conditional" in path.stem else DETR
     return model, table.to_theirs(model.state_dict())
 

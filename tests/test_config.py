@@ -28,7 +28,7 @@ def test_every_configuration_loads(path):
     assert isinstance(cfg.SOLVER.EPOCHS, float)
 
 
-def test_an_unknown_key_of_a_file_is_named_with_its_neighbours(tmp_path):
+def test_an_unknown_key_of_a_file_is_named_with_its_neighbors(tmp_path):
     path = tmp_path / "typo.yaml"
     path.write_text(f'_BASE_: "{TINY}"\nMODEL:\n  DECODER:\n    NUM_STAGE: 3\n')
     with pytest.raises(KeyError, match=r"MODEL\.DECODER\.NUM_STAGE in .*typo.*DECODER\.NUM_STAGES"):
@@ -82,7 +82,7 @@ def test_later_values_win_and_the_defaults_stay():
         ("MODEL.CRITERION.NAME", "Hinge"),
         ("MODEL.CRITERION.CLASS_LOSS", "hinge"),
         ("MODEL.CRITERION.L1_FORMAT", "xywh"),
-        ("MODEL.CRITERION.NORMALISER", "images"),
+        ("MODEL.CRITERION.NORMALizER", "images"),
         ("MODEL.DECODER.ACTIVATION", "swish"),
         ("MODEL.DECODER.SELF_ATTENTION", "linear"),
         ("MODEL.DECODER.NUM_STAGES", "0"),

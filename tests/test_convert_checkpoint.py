@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from asag import load_config
-from asag.checkpoint.layouts import LAYOUTS, OURS, ConversionError, convert, recognise
+from asag.checkpoint.layouts import LAYOUTS, OURS, ConversionError, convert, recognize
 from asag.checkpoint.reading import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def test_there_and_back_is_the_same(layout: str, suffix: str, tmp_path: Path) ->
     assert run(ours, there, "--to", layout) == 0
     assert run(there, back, "--to", OURS) == 0
     foreign = read_checkpoint(there)
-    assert recognise(foreign["model"]) == layout
+    assert recognize(foreign["model"]) == layout
     assert layout == OURS or not foreign["model"].keys() & {"roi_heads.class_logits.weight"}
     wanted = {k: v for k, v in state.items() if k not in LAYOUTS[layout].ours_only}
     assert len(state) - len(wanted) == layout.startswith(
@@ -164,15 +164,15 @@ def test_incomplete_matrices_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted", "complaint"),
+    ("given", "wanted", "issue"),
     [("absent.pth", "b.pth", "absent.pth"), ("a.pth", "b.pkl", r"'.pkl' names no format")],
 )
 def test_bad_paths(
-    given: str, wanted: str, complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: str, wanted: str, issue: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(weights(*DETR), tmp_path / "a.pth")
     assert run(tmp_path / given, tmp_path / wanted, "--to", OURS) == 2
-    assert complaint in capsys.readouterr().err
+    assert issue in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layout", ["authors-asag-a", OURS])

@@ -18,9 +18,9 @@ def make(columns=K, counts=(3, 0, 2), padded=True):
     g = torch.Generator().manual_seed(0)
 
     def boxes(*shape, whwh):
-        centre = torch.rand(*shape, 2, generator=g, dtype=torch.float64)
+        center = torch.rand(*shape, 2, generator=g, dtype=torch.float64)
         half = 0.3 * torch.rand(*shape, 2, generator=g, dtype=torch.float64) + 0.01
-        return torch.cat((centre - half, centre + half), -1) * whwh
+        return torch.cat((center - half, center + half), -1) * whwh
 
     valid = torch.ones(B, N, dtype=torch.bool)
     valid[0, -1] = not padded
@@ -29,9 +29,9 @@ def make(columns=K, counts=(3, 0, 2), padded=True):
         boxes(S, B, N, whwh=WHWH[:, None]).requires_grad_(),
         valid,
     )
-    truth = [boxes(n, whwh=WHWH[b]) for b, n in enumerate(counts)]
+    gt = [boxes(n, whwh=WHWH[b]) for b, n in enumerate(counts)]
     labels = [torch.randint(K, (n,), generator=g) for n in counts]
-    targets = Targets.from_lists(truth, labels, WHWH)
+    targets = Targets.from_lists(gt, labels, WHWH)
     assignment = torch.full((S, B, N), -1)
     for b, count in enumerate(counts):
         assignment[:, b] = torch.randint(-1, count, (S, N), generator=g) if count else -1
@@ -47,7 +47,7 @@ def slow_giou(a, b):
 
 
 def slow_losses(
-    predictions, targets, assignment, kind, box_format, normaliser, alpha, gamma, noobj
+    predictions, targets, assignment, kind, box_format, normalizer, alpha, gamma, noobj
 ):
     """Unweighted (class, L1, GIoU) of every stage, one pair at a time."""
     result = []
@@ -77,16 +77,16 @@ def slow_losses(
                     continue
                 positives += 1
                 box = predictions.boxes_xyxy[s, b, n].tolist()
-                truth = targets.boxes_xyxy[b, m].tolist()
-                giou += 1 - slow_giou(box, truth)
-                x, y = ([v / w for v, w in zip(u, WHWH[b].tolist())] for u in (box, truth))  # noqa: B905
+                gt = targets.boxes_xyxy[b, m].tolist()
+                giou += 1 - slow_giou(box, gt)
+                x, y = ([v / w for v, w in zip(u, WHWH[b].tolist())] for u in (box, gt))  # noqa: B905
                 if box_format == "cxcywh":
                     x, y = (
                         [(u[0] + u[2]) / 2, (u[1] + u[3]) / 2, u[2] - u[0], u[3] - u[1]]
                         for u in (x, y)
                     )
                 l1 += sum(abs(p - q) for p, q in zip(x, y, strict=True))
-        norm = positives if normaliser == "positives" else sum(targets.counts)
+        norm = positives if normalizer == "positives" else sum(targets.counts)
         norm = max(norm, 1)
         result.append((ce / (weights if kind == "softmax" else norm), l1 / norm, giou / norm))
     return result
@@ -94,8 +94,8 @@ def slow_losses(
 
 @pytest.mark.parametrize("kind", ["focal", "softmax"])
 @pytest.mark.parametrize("box_format", ["xyxy", "cxcywh"])
-@pytest.mark.parametrize("normaliser", ["objects", "positives"])
-def test_equals_the_loop(kind, box_format, normaliser):
+@pytest.mark.parametrize("normalizer", ["objects", "positives"])
+def test_equals_the_loop(kind, box_format, normalizer):
     predictions, targets, assignment = make(K + (kind == "softmax"))
     criterion = SetCriterion(
         class_loss=kind,
@@ -106,11 +106,11 @@ def test_equals_the_loop(kind, box_format, normaliser):
         focal_alpha=0.3,
         focal_gamma=1.7,
         no_object_weight=0.2,
-        normaliser=normaliser,
+        normalizer=normalizer,
     )
     losses = criterion(predictions, targets, assignment)
     expected = slow_losses(
-        predictions, targets, assignment, kind, box_format, normaliser, 0.3, 1.7, 0.2
+        predictions, targets, assignment, kind, box_format, normalizer, 0.3, 1.7, 0.2
     )
     assert len(losses) == 3 * S
     for s, values in enumerate(expected):
@@ -139,11 +139,11 @@ def test_focal_gradient_equals_that_of_the_written_out_formula():
     losses = SetCriterion(class_weight=1.0)(predictions, targets, assignment)
     ce = sum(value for name, value in losses.items() if "ce" in name)
     (gradient,) = torch.autograd.grad(ce, predictions.logits)
-    truth = torch.zeros_like(predictions.logits)
+    gt = torch.zeros_like(predictions.logits)
     for s, b, n in (assignment >= 0).nonzero().tolist():
-        truth[s, b, n, targets.labels[b, assignment[s, b, n]]] = 1
+        gt[s, b, n, targets.labels[b, assignment[s, b, n]]] = 1
     p = predictions.logits.sigmoid()
-    loss = -0.25 * truth * (1 - p) ** 2 * p.log() - 0.75 * (1 - truth) * p**2 * (1 - p).log()
+    loss = -0.25 * gt * (1 - p) ** 2 * p.log() - 0.75 * (1 - gt) * p**2 * (1 - p).log()
     loss = (loss * predictions.valid[..., None]).sum() / sum(targets.counts)
     assert torch.allclose(gradient, torch.autograd.grad(loss, predictions.logits)[0], atol=1e-6)
 
@@ -222,7 +222,7 @@ def test_gather_targets_equals_the_loop():
     [
         ("class_loss", "CLASS_LOSS"),
         ("l1_format", "L1_FORMAT"),
-        ("normaliser", "NORMALISER"),
+        ("normalizer", "NORMALizER"),
     ],
 )
 def test_unknown_choices_name_their_key(option, key):

@@ -143,17 +143,17 @@ def test_broken_line_is_named_with_number_reason_and_remedy(folder, line, reason
     write_odgt(folder, [GOOD, "", line])
     with pytest.raises(DatasetError) as caught:
         load(folder)
-    (complaint,) = caught.value.complaints
-    assert complaint.file == f"{folder / 'annotation_val.odgt'}:3"
-    assert reason in complaint.problem
-    assert "crowdhuman.org" in complaint.remedy
+    (issue,) = caught.value.issues
+    assert issue.file == f"{folder / 'annotation_val.odgt'}:3"
+    assert reason in issue.problem
+    assert "crowdhuman.org" in issue.remedy
 
 
 def test_all_broken_lines_are_listed(folder):
     write_odgt(folder, ["{", GOOD, "}", "[]"])
     with pytest.raises(DatasetError) as caught:
         load(folder)
-    assert [c.file.rpartition(":")[2] for c in caught.value.complaints] == ["1", "3", "4"]
+    assert [c.file.rpartition(":")[2] for c in caught.value.issues] == ["1", "3", "4"]
 
 
 def test_binary_file_is_refused(folder):
@@ -178,19 +178,19 @@ def test_missing_image_is_named(folder):
     (folder / "Images" / "2,b.jpg").unlink()
     with pytest.raises(DatasetError) as caught:
         load(folder)
-    (complaint,) = caught.value.complaints
-    assert complaint.file.endswith("2,b.jpg")
-    assert "no such image" in complaint.problem
-    assert "unpack" in complaint.remedy
+    (issue,) = caught.value.issues
+    assert issue.file.endswith("2,b.jpg")
+    assert "no such image" in issue.problem
+    assert "unpack" in issue.remedy
 
 
 def test_missing_image_folder_is_one_complaint(folder):
     (folder / "Images").rename(folder / "images_elsewhere")
     with pytest.raises(DatasetError) as caught:
         load(folder)
-    (complaint,) = caught.value.complaints
-    assert complaint.file == str(folder / "Images")
-    assert "none of the 3 images" in complaint.problem
+    (issue,) = caught.value.issues
+    assert issue.file == str(folder / "Images")
+    assert "none of the 3 images" in issue.problem
 
 
 def test_unreadable_image_is_named(folder):

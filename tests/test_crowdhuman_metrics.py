@@ -258,22 +258,22 @@ def test_bad_input_is_named(images, message):
 
 
 def test_coco_lists_with_unknown_images_are_refused():
-    truth = {
+    gt = {
         "images": [{"id": 1, "width": 20, "height": 20}],
         "annotations": [{"image_id": 1, "bbox": [0, 0, 10, 10], "iscrowd": 0}],
     }
     result = {"image_id": 7, "bbox": [0, 0, 10, 10], "score": 0.5}
     with pytest.raises(ValueError, match="result with image_id 7"):
-        crowdhuman_metrics_from_coco(truth, [result])
+        crowdhuman_metrics_from_coco(gt, [result])
 
 
 def test_detections_on_images_without_annotations_are_skipped():
-    truth = {
+    gt = {
         "images": [{"id": i, "width": 20, "height": 20} for i in (1, 2)],
         "annotations": [{"image_id": 1, "bbox": [0, 0, 10, 10]}],
     }
     results = [{"image_id": i, "bbox": [0, 0, 10, 10], "score": i / 3} for i in (1, 2)]
-    metrics = crowdhuman_metrics_from_coco(truth, results)
+    metrics = crowdhuman_metrics_from_coco(gt, results)
     assert metrics.num_detections == 1
     assert metrics.recall == 1.0
 

@@ -1,4 +1,4 @@
-"""COCO-format folders: what is found, what is reported, what is mended, and what stops the run."""
+"""COCO-format folders: what is found, reported or repaired, and what stops the run."""
 
 import copy
 import json
@@ -269,7 +269,7 @@ def test_broken_files(folder, break_it, message):
         register(folder)
     assert str(path) in str(error.value)
     assert "-> " in str(error.value)
-    assert all(complaint.remedy for complaint in error.value.complaints)
+    assert all(issue.remedy for issue in error.value.issues)
 
 
 def test_unreadable_json_has_line_and_column(folder):
@@ -349,7 +349,7 @@ def test_any_value_anywhere_is_either_usable_or_complained_of(tmp_path_factory, 
     try:
         report, usable = inspect_table(read_coco_table(path, (root / "images",)), "fuzz")
     except DatasetError as error:
-        assert error.complaints
+        assert error.issues
         return
     assert isinstance(report.table(), str)
     usable.write(root / "clean.json")
@@ -361,7 +361,7 @@ def test_any_value_anywhere_is_either_usable_or_complained_of(tmp_path_factory, 
     assert (again.image_hw > 0).all()
 
 
-# What is mended, counted, and told.
+# What is repaired, counted, and told.
 
 
 def test_odd_boxes_are_counted(folder):
@@ -507,8 +507,8 @@ def test_evaluation_of_mended_files_scores_100(folder, tmp_path, change):
         for name in (made.train, made.val)
     ]
     assert id_maps == [{3: 0, 7: 1}] * 2
-    mended = MetadataCatalog.get(made.val).json_file != str(path)
-    assert mended == bool(made.reports[1].repairs)
+    repaired = MetadataCatalog.get(made.val).json_file != str(path)
+    assert repaired == bool(made.reports[1].repairs)
     labels = [a["category_id"] for s in DatasetCatalog.get(made.val) for a in s["annotations"]]
     assert labels == [0, 1, 0]
 

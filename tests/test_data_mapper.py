@@ -188,7 +188,7 @@ def test_floating_point_pixels_are_refused(tmp_path):
         read_image(str(tmp_path / "f.tif"), "RGB")
 
 
-def test_colour_order(tmp_path):
+def test_color_order(tmp_path):
     Image.new("RGB", (4, 3), (10, 20, 30)).save(tmp_path / "c.png")
     assert read_image(str(tmp_path / "c.png"), "RGB")[0, 0].tolist() == [10, 20, 30]
     assert read_image(str(tmp_path / "c.png"), "BGR")[0, 0].tolist() == [30, 20, 10]
@@ -214,8 +214,8 @@ def test_palette_with_transparency(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_scaled(tmp_path, suffix):
-    grey = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
-    Image.fromarray(grey).save(tmp_path / f"g.{suffix}")
+    gray = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
+    Image.fromarray(gray).save(tmp_path / f"g.{suffix}")
     assert read_image(str(tmp_path / f"g.{suffix}"), "RGB")[0, :, 1].tolist() == [0, 1, 100, 255]
 
 

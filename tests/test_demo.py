@@ -56,7 +56,7 @@ def picture(height=128, width=160, seed=0):
 
 
 class Spy(torch.nn.Module):
-    """Answers with one box in the first pixel's colour and remembers what it was given."""
+    """Answers with one box in the first pixel's color and remembers what it was given."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ def assert_same(first, second, tolerance=1e-4):
 
 class TestPredictor:
     @pytest.mark.parametrize(("image_format", "order"), [("RGB", (0, 1, 2)), ("BGR", (2, 1, 0))])
-    def test_colours_are_turned_exactly_once(self, image_format, order):
+    def test_colors_are_turned_exactly_once(self, image_format, order):
         spy = Spy()
         image = np.zeros((4, 6, 3), np.uint8)
         image[:] = (10, 20, 30)

@@ -85,12 +85,12 @@ def targets(counts: tuple[int, ...]) -> Targets:
 
 
 def inputs(counts: tuple[int, ...] = (3, 2)) -> list[dict[str, Any]]:
-    truth, g = targets(counts), torch.Generator().manual_seed(1)
+    gt, g = targets(counts), torch.Generator().manual_seed(1)
     samples = []
     for b, (hw, count) in enumerate(zip(HW, counts, strict=True)):
         instances = Instances(hw)
-        instances.gt_boxes = Boxes(truth.boxes_xyxy[b, :count])
-        instances.gt_classes = truth.labels[b, :count]
+        instances.gt_boxes = Boxes(gt.boxes_xyxy[b, :count])
+        instances.gt_classes = gt.labels[b, :count]
         image = torch.rand(3, *hw, generator=g) * 255
         samples.append({"image": image, "instances": instances})
     return samples
@@ -104,7 +104,7 @@ class FixedProposals(nn.Module):
         self.counts = counts
 
     def forward(
-        self, images: ImageList, features: Any, truth: Any
+        self, images: ImageList, features: Any, gt: Any
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         found = []
         for hw, count in zip(images.image_sizes, self.counts, strict=True):

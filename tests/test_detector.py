@@ -1,4 +1,4 @@
-"""Detector and Detections: kinds of pictures, colours, orientation, sources, quality."""
+"""Detector and Detections: kinds of pictures, colors, orientation, sources, quality."""
 
 import contextlib
 import importlib.util
@@ -44,7 +44,7 @@ def picture(unseen):
     return unseen / "000001.png"
 
 
-class Colours(torch.nn.Module):
+class Colors(torch.nn.Module):
     """Two objects, the first scored by the red share, the second by the blue one."""
 
     def forward(self, inputs):
@@ -60,8 +60,8 @@ class Colours(torch.nn.Module):
         return found
 
 
-def colours():
-    return Detector(Predictor(Colours(), class_names=["red", "blue"]))
+def colors():
+    return Detector(Predictor(Colors(), class_names=["red", "blue"]))
 
 
 def rgb(height=4, width=6, color=(230, 0, 20)):
@@ -79,8 +79,8 @@ def same(first, second):
 
 def ap50(annotation_file, results):
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotation_file))
-        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        gt = COCO(str(annotation_file))
+        evaluation = COCOeval(gt, gt.loadRes(results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
@@ -125,22 +125,22 @@ def test_a_list_gives_a_list_in_order(detector, unseen):
     assert detector.predict([]) == []
 
 
-def test_colours_reach_the_model_in_the_order_that_was_said():
-    assert [x.name for x in colours().predict(rgb())] == ["red"]
-    assert [x.name for x in colours().predict(rgb(), color_order="BGR")] == ["blue"]
+def test_colors_reach_the_model_in_the_order_that_was_said():
+    assert [x.name for x in colors().predict(rgb())] == ["red"]
+    assert [x.name for x in colors().predict(rgb(), color_order="BGR")] == ["blue"]
     tensor = torch.from_numpy(rgb()).permute(2, 0, 1)
-    assert [x.name for x in colours().predict(tensor)] == ["red"]
-    pillow = Image.fromarray(rgb())  # knows its colours, whatever is said of arrays
-    assert [x.name for x in colours().predict(pillow, color_order="BGR")] == ["red"]
+    assert [x.name for x in colors().predict(tensor)] == ["red"]
+    pillow = Image.fromarray(rgb())  # knows its colors, whatever is said of arrays
+    assert [x.name for x in colors().predict(pillow, color_order="BGR")] == ["red"]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "I;16"])
 def test_pillow_images_of_any_mode(mode):
-    grey = Image.fromarray(np.full((4, 6), 255, np.uint8))
+    gray = Image.fromarray(np.full((4, 6), 255, np.uint8))
     if mode == "I;16":
         image = Image.fromarray(np.full((4, 6), 65535, np.uint16))
     else:
-        image = grey.convert("RGBA").convert(mode) if mode == "LA" else grey.convert(mode)
+        image = gray.convert("RGBA").convert(mode) if mode == "LA" else gray.convert(mode)
     assert image.mode == mode
     assert to_rgb(image).shape == (4, 6, 3)
     assert to_rgb(image).min() > 250
@@ -156,11 +156,11 @@ def test_orientation_of_the_camera_is_applied_in_files_and_in_memory(tmp_path):
     expected = np.rot90(image)
     for found in (to_rgb(path), to_rgb(Image.open(path))):
         assert np.array_equal(found, expected)
-    assert colours().predict(path, threshold=0).image_size == (8, 4)
+    assert colors().predict(path, threshold=0).image_size == (8, 4)
 
 
 def test_results_in_every_form(tmp_path):
-    found = colours().predict(rgb(), threshold=0.05)
+    found = colors().predict(rgb(), threshold=0.05)
     assert len(found) == 2 and found.image_size == (4, 6)
     assert found.class_names == ("red", "blue")
     assert found[1] == list(found)[1]
@@ -186,8 +186,8 @@ def test_results_in_every_form(tmp_path):
 
 
 def test_the_threshold_counts():
-    assert len(colours().predict(rgb(), threshold=0.95)) == 0
-    assert repr(colours().predict(rgb(), threshold=0.95)) == "<Detections of 0 in 6x4 pixels>"
+    assert len(colors().predict(rgb(), threshold=0.95)) == 0
+    assert repr(colors().predict(rgb(), threshold=0.95)) == "<Detections of 0 in 6x4 pixels>"
 
 
 @pytest.mark.parametrize(
@@ -205,19 +205,19 @@ def test_the_threshold_counts():
 )
 def test_unusable_pictures_are_refused(image, error, message):
     with pytest.raises(error, match=message):
-        colours().predict(image)
+        colors().predict(image)
 
 
 def test_an_unusable_picture_of_a_list_is_named():
     with pytest.raises(ValueError, match="picture 1: an array must be"):
-        colours().predict([rgb(), rgb()[0]])
+        colors().predict([rgb(), rgb()[0]])
 
 
 def test_unusable_arguments_are_refused():
     with pytest.raises(ValueError, match="color_order is 'GBR'"):
-        colours().predict(rgb(), color_order="GBR")
+        colors().predict(rgb(), color_order="GBR")
     with pytest.raises(ValueError, match="threshold is 30"):
-        colours().predict(rgb(), threshold=30)
+        colors().predict(rgb(), threshold=30)
 
 
 @pytest.fixture(scope="module")
@@ -292,26 +292,26 @@ def test_a_repository_without_configuration_says_what_to_do(monkeypatch):
 
 
 def test_missing_sources_are_explained(tmp_path):
-    def complaint(error, source, **more):
+    def issue(error, source, **more):
         with pytest.raises(error) as caught:
             Detector.from_pretrained(source, **more)
         return str(caught.value)
 
-    assert "has no config.yaml" in complaint(FileNotFoundError, tmp_path)
-    assert "no weights file" in complaint(FileNotFoundError, tmp_path / "model.pth")
+    assert "has no config.yaml" in issue(FileNotFoundError, tmp_path)
+    assert "no weights file" in issue(FileNotFoundError, tmp_path / "model.pth")
     (tmp_path / "model.pth").touch()
-    assert "has no config.yaml beside it" in complaint(FileNotFoundError, tmp_path / "model.pth")
-    assert "beside it" in complaint(FileNotFoundError, "https://host/a/model.pth")
+    assert "has no config.yaml beside it" in issue(FileNotFoundError, tmp_path / "model.pth")
+    assert "beside it" in issue(FileNotFoundError, "https://host/a/model.pth")
     (tmp_path / "config.yaml").write_text(model_zoo.config(OWN).dump())
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.yaml").write_text(model_zoo.config(OWN).dump())
-    assert "has no weights yet" in complaint(FileNotFoundError, other)
-    assert "configuration alone" in complaint(ValueError, other / "config.yaml")
-    assert "no such folder or file" in complaint(FileNotFoundError, tmp_path / "nothing")
-    assert "did you mean sparse_rcnn_tiny" in complaint(KeyError, "sparse_rcnn_tyny")
-    assert "no weights of detr_r50_50ep come" in complaint(ValueError, "detr_r50_50ep")
-    missing = complaint(FileNotFoundError, OWN, weights=tmp_path / "none.pth", device="cpu")
+    assert "has no weights yet" in issue(FileNotFoundError, other)
+    assert "configuration alone" in issue(ValueError, other / "config.yaml")
+    assert "no such folder or file" in issue(FileNotFoundError, tmp_path / "nothing")
+    assert "did you mean sparse_rcnn_tiny" in issue(KeyError, "sparse_rcnn_tyny")
+    assert "no weights of detr_r50_50ep come" in issue(ValueError, "detr_r50_50ep")
+    missing = issue(FileNotFoundError, OWN, weights=tmp_path / "none.pth", device="cpu")
     assert "none.pth" in missing
 
 

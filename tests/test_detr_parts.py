@@ -228,7 +228,7 @@ def slim_cfg(dilation: int = 1):
     return cfg
 
 
-def randomise_norms(module: nn.Module) -> None:
+def randomize_norms(module: nn.Module) -> None:
     for m in module.modules():
         if hasattr(m, "running_mean"):
             m.running_mean.normal_(std=0.2)
@@ -251,7 +251,7 @@ def test_dilation_follows_torchvision() -> None:
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_exact_padding_gives_features_of_single_images(dilation: int) -> None:
     resnet = build_dc5_resnet_backbone(slim_cfg(dilation), ShapeSpec(channels=3)).eval().double()
-    randomise_norms(resnet)
+    randomize_norms(resnet)
     zero_padding = ZeroPadding(resnet)
     hw = [(70, 129), (101, 64)]
     images = [torch.randn(3, h, w, dtype=torch.double) for h, w in hw]

@@ -63,7 +63,7 @@ def work(data: str, folder: str) -> int:
         broken._log.add(5, {"loss_ce": loss}, batch, 0.1)
         broken._log.collect()
     except NonFiniteLossError as error:
-        found["complaint"] = str(error)
+        found["issue"] = str(error)
     found["command_line"] = command_line(Path(folder))
     (Path(folder) / f"rank{comm.get_rank()}.json").write_text(json.dumps(found))
     return 0
@@ -118,8 +118,8 @@ def test_processes_know_their_machine(two):
 
 def test_divergence_on_one_process_is_reported_by_all(two):
     for number in (0, 1):
-        assert "iteration 5: loss_ce = nan" in rank(two, number)["complaint"]
-        assert "image-of-rank-1.png" in rank(two, number)["complaint"]
+        assert "iteration 5: loss_ce = nan" in rank(two, number)["issue"]
+        assert "image-of-rank-1.png" in rank(two, number)["issue"]
 
 
 def test_command_line_in_two_processes(two):

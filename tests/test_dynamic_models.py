@@ -117,7 +117,7 @@ def test_every_configuration_trains_a_step_and_answers(path: Path) -> None:
     assert idle == []
     # Duplicates are removed where several queries may answer for one object, and only there.
     assert model.nms_threshold == (0.7 if transport else 0)
-    assert model.criterion.normaliser == ("positives" if transport else "objects")
+    assert model.criterion.normalizer == ("positives" if transport else "objects")
     model.eval()
     with torch.no_grad():
         for x, output in zip(inputs, model(inputs), strict=True):
@@ -218,9 +218,9 @@ def test_units_and_losses_of_each_stage_by_hand() -> None:
         assert len(pairs) == 4 * (s + 1)
         l1 = giou = 0.0
         for b, n, m in pairs:
-            box, truth = predictions.boxes_xyxy[s, b, n].detach(), targets.boxes_xyxy[b, m]
-            giou += 1 - float(generalized_box_iou(box[None], truth[None]))
-            l1 += float(((box - truth) / targets.image_whwh[b]).abs().sum())
+            box, gt = predictions.boxes_xyxy[s, b, n].detach(), targets.boxes_xyxy[b, m]
+            giou += 1 - float(generalized_box_iou(box[None], gt[None]))
+            l1 += float(((box - gt) / targets.image_whwh[b]).abs().sum())
         suffix = "" if s == 2 else f"_{s}"
         assert losses[f"loss_giou{suffix}"] == pytest.approx(2 * giou / len(pairs), 1e-4)
         assert losses[f"loss_bbox{suffix}"] == pytest.approx(5 * l1 / len(pairs), 1e-4)

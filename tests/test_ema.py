@@ -88,12 +88,12 @@ def test_applied_weights_and_back_again_even_after_an_error():
         raise KeyError
     assert same(trainable(model), after)
     assert same(average.state_dict(), before)
-    model.weight.sum().backward()  # the optimiser's parameters are still the model's
+    model.weight.sum().backward()  # the optimizer's parameters are still the model's
     assert model.weight.grad is not None
 
 
 def test_a_skipped_step_is_no_update():
-    """A loss scaler does not call the optimiser when gradients overflow."""
+    """A loss scaler does not call the optimizer when gradients overflow."""
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     average = WeightAverage(model, decay=0.5)

@@ -30,7 +30,7 @@ def arguments(output_dir: Path, *flags: str, **changes) -> list[str]:
     return ["--config-file", str(CONFIG), *flags, *tiny_options(output_dir, **changes)]
 
 
-def complaint(capsys, argv: list[str]) -> str:
+def issue(capsys, argv: list[str]) -> str:
     """What main printed on stderr when it refused."""
     assert main(argv) == 2
     message = capsys.readouterr().err.strip().splitlines()
@@ -98,7 +98,7 @@ def test_part_of_a_detector_is_not_evaluated(tmp_path, capsys):
     ):
         path = tmp_path / f"{name}.pth"
         torch.save({"model": weights}, path)
-        message = complaint(capsys, arguments(tmp_path / name, "--eval-only", MODEL__WEIGHTS=path))
+        message = issue(capsys, arguments(tmp_path / name, "--eval-only", MODEL__WEIGHTS=path))
         assert str(path) in message and re.search(expected, message), message
 
 
@@ -107,7 +107,7 @@ def test_augmented_evaluation(tmp_path):
     register_tiny_shapes()
     sizes = {"TEST__AUG__ENABLED": True, "TEST__AUG__MAX_SIZE": 200, "TEST__AUG__MERGE_IOU": 1.0}
     one = sizes | {"TEST__AUG__MIN_SIZES": "(64,)", "TEST__AUG__FLIP": False}
-    # Weights that have learnt a little: all equal scores would hide what is compared.
+    # Weights that have learned a little: all equal scores would hide what is compared.
     training = one | {"SOLVER__MAX_ITER": 2}
     assert main(arguments(tmp_path, **training)) == 0
     log = (tmp_path / "log.txt").read_text()
@@ -162,17 +162,17 @@ def test_own_data_by_file(tmp_path, coco_folder, capsys):
         str(coco_folder / "train" / ANNOTATION_FILE),
     ]
     options = tiny_options(tmp_path)
-    assert "--evaluate-on-train" in complaint(capsys, [*argv, *options])
+    assert "--evaluate-on-train" in issue(capsys, [*argv, *options])
     val = ["--val-json", str(coco_folder / "val" / ANNOTATION_FILE)]
     val += ["--val-images", str(coco_folder / "val")]
     assert main([*argv, *val, *options]) == 0
-    both = complaint(capsys, [*argv, "--data", str(coco_folder), *options])
+    both = issue(capsys, [*argv, "--data", str(coco_folder), *options])
     assert "not both" in both
-    assert "--train-json" in complaint(capsys, [*val, *options])
+    assert "--train-json" in issue(capsys, [*val, *options])
 
 
 def test_folder_without_annotations(tmp_path, capsys):
-    message = complaint(capsys, arguments(tmp_path, "--data", str(tmp_path)))
+    message = issue(capsys, arguments(tmp_path, "--data", str(tmp_path)))
     assert str(tmp_path) in message and "no training annotations" in message
 
 
@@ -199,7 +199,7 @@ def test_folder_without_annotations(tmp_path, capsys):
 )
 def test_complaints(tmp_path, capsys, flags, changes, expected):
     register_tiny_shapes()
-    message = complaint(capsys, arguments(tmp_path, *flags, **changes))
+    message = issue(capsys, arguments(tmp_path, *flags, **changes))
     assert re.search(expected, message), message
 
 
@@ -221,7 +221,7 @@ def test_unreadable_image_is_named(tmp_path, coco_folder, capsys):
     shutil.copytree(coco_folder, folder)
     for picture in (folder / "train").glob("*.png"):
         picture.write_bytes(picture.read_bytes()[:200])
-    message = complaint(capsys, arguments(tmp_path / "out", "--data", str(folder)))
+    message = issue(capsys, arguments(tmp_path / "out", "--data", str(folder)))
     assert ".png" in message and "could not be prepared" in message
 
 

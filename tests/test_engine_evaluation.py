@@ -48,10 +48,10 @@ def random_truth(rng: np.random.Generator) -> COCO:
     return coco
 
 
-def random_results(truth: COCO, rng: np.random.Generator) -> list[dict]:
+def random_results(gt: COCO, rng: np.random.Generator) -> list[dict]:
     """Noisy copies of the ground truth, false positives, and more than 100 in one image."""
     results = []
-    for annotation in truth.dataset["annotations"]:
+    for annotation in gt.dataset["annotations"]:
         for noise in (2.0, 20.0):
             box = np.array(annotation["bbox"]) + rng.normal(0, noise, 4)
             results.append(
@@ -75,10 +75,10 @@ def random_results(truth: COCO, rng: np.random.Generator) -> list[dict]:
 def test_fast_evaluation_gives_the_same_twelve_numbers(seed):
     pytest.importorskip("faster_coco_eval")
     rng = np.random.default_rng(seed)
-    truth = random_truth(rng)
-    results = random_results(truth, rng)
-    slow = evaluate_boxes(truth, results, backend="pycocotools")
-    fast = evaluate_boxes(truth, results, backend="faster-coco-eval")
+    gt = random_truth(rng)
+    results = random_results(gt, rng)
+    slow = evaluate_boxes(gt, results, backend="pycocotools")
+    fast = evaluate_boxes(gt, results, backend="faster-coco-eval")
     assert 0.05 < slow.stats[0] < 0.95
     np.testing.assert_allclose(fast.stats[:12], slow.stats[:12], rtol=0, atol=1e-12)
     np.testing.assert_allclose(fast.eval["precision"], slow.eval["precision"], atol=1e-12)

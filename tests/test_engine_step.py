@@ -1,4 +1,4 @@
-"""One optimiser step: groups, clipping, accumulation, mixed precision, what is logged."""
+"""One optimizer step: groups, clipping, accumulation, mixed precision, what is logged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tiny_batch(cfg, size: int = 4):
     return next(iter(Trainer.build_train_loader(cfg, seed=0)))[:size]
 
 
-# Optimiser
+# Optimizer
 
 
 def test_one_group_per_learning_rate(tmp_path):

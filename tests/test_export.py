@@ -155,17 +155,17 @@ def test_metadata_says_how_to_use_the_file(exported):
     stored = {x.key: x.value for x in onnx.load(path).metadata_props}
     assert json.loads(stored["class_names"]) == ["a", "ß", "c"]
     expected = {"config": "tiny.yaml", "library": "asag 9.9", "architecture": "SparseRCNN"}
-    expected |= {"height": "64", "width": "96", "batch": "1", "colour_order": "RGB", "nms": "none"}
+    expected |= {"height": "64", "width": "96", "batch": "1", "color_order": "RGB", "nms": "none"}
     assert expected.items() <= stored.items()
 
 
-@pytest.mark.parametrize("room", ["class_logits", "box_deltas", "backbone"])
-def test_a_file_of_other_weights_is_refused(exported, room):
+@pytest.mark.parametrize("part", ["class_logits", "box_deltas", "backbone"])
+def test_a_file_of_other_weights_is_refused(exported, part):
     model, path = exported
     other = build("SparseRCNN/sparse_rcnn_tiny.yaml", BGR)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            if room in name:
+            if part in name:
                 parameter *= 1.05
     pictures = generated_pictures(SIZE, scenes=2)
     assert not check_onnx(path, model, pictures).problems
@@ -396,12 +396,12 @@ def test_exporting_keeps_nothing_for_later_calls(monkeypatch):
     features = torch.zeros(1, 8, 11, 13)
     sizes = ImageSizes.from_hw([(11, 13)])
 
-    class Room(nn.Module):
+    class Wrapper(nn.Module):
         def forward(self, x):
             return x + positions(x, sizes)[0].sum()
 
     with torch.no_grad():
-        program = torch.export.export(Room(), (features,), strict=False)
-        expected = Room()(features)
+        program = torch.export.export(Wrapper(), (features,), strict=False)
+        expected = Wrapper()(features)
     assert type(positions(features, sizes)[0]) is torch.Tensor
     torch.testing.assert_close(program.module()(features), expected)

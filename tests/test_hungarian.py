@@ -73,9 +73,9 @@ def make(counts=(2, 0, 3), stages=2, queries=6):
         torch.cat((low, low + 20), -1),
         torch.ones(len(counts), queries, dtype=torch.bool),
     )
-    truth = [predictions.boxes_xyxy[-1, b].repeat(9, 1)[:n] + 0.5 for b, n in enumerate(counts)]
+    gt = [predictions.boxes_xyxy[-1, b].repeat(9, 1)[:n] + 0.5 for b, n in enumerate(counts)]
     labels = [torch.randint(5, (n,), generator=g) for n in counts]
-    return predictions, Targets.from_lists(truth, labels, torch.full((len(counts), 4), 64.0))
+    return predictions, Targets.from_lists(gt, labels, torch.full((len(counts), 4), 64.0))
 
 
 def test_finds_the_boxes_that_fit():

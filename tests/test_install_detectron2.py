@@ -42,7 +42,7 @@ def write_sdist(path: Path, files: dict[str, bytes]) -> str:
 @pytest.fixture
 def sources() -> dict[str, bytes]:
     """A package in which every text of the table occurs exactly as often as it must."""
-    files = {"LICENSE": b"a licence", "setup.py": b"raise SystemExit", "README.md": b"read"}
+    files = {"LICENSE": b"a license", "setup.py": b"raise SystemExit", "README.md": b"read"}
     files["detectron2/__init__.py"] = b'__version__ = "0.5"\n'
     for edit in EDITS:
         name = f"detectron2/{edit.path}"
@@ -121,7 +121,7 @@ def test_every_edit_says_why_and_is_listed():
 )
 def test_wheel_is_reproducible_and_its_record_is_true(tmp_path_factory, modules):
     files = {f"detectron2/{name}": data for name, data in modules.items()}
-    files |= {"detectron2/__init__.py": b"", "LICENSE": b"a licence"}
+    files |= {"detectron2/__init__.py": b"", "LICENSE": b"a license"}
     folders = [tmp_path_factory.mktemp("wheel") for _ in range(2)]
     first = install_detectron2.build_wheel(files, folders[0])
     second = install_detectron2.build_wheel(dict(reversed(files.items())), folders[1])
@@ -153,7 +153,7 @@ def test_pip_installs_the_wheel_with_honest_metadata(tmp_path, sources):
     assert "not an official build" in found.metadata["Summary"]
     assert sorted(found.requires) == sorted(install_detectron2.REQUIRES)
     assert found.read_text("EDITS.txt") == describe_edits()
-    assert found.read_text("LICENSE") == "a licence"
+    assert found.read_text("LICENSE") == "a license"
     assert (target / "detectron2" / "_C.py").read_text() == STAND_IN
 
 

@@ -243,16 +243,16 @@ def test_permuted_queries_give_permuted_answers(kind: str) -> None:
     torch.testing.assert_close(module(query[:, order], boxes[:, order], None), expected)
 
 
-@pytest.mark.parametrize("row_normalise", [False, True])
-def test_iou_matrix_as_attention(row_normalise: bool) -> None:
+@pytest.mark.parametrize("row_normalize", [False, True])
+def test_iou_matrix_as_attention(row_normalize: bool) -> None:
     torch.manual_seed(0)
-    module = IoUAttention(dim=DIM, row_normalise=row_normalise).double()
+    module = IoUAttention(dim=DIM, row_normalize=row_normalize).double()
     query, boxes = torch.randn(1, 6, DIM).double(), random_boxes(1, 6, dtype=torch.float64)
     value = module.value_proj(query)[0]
     mixed = torch.zeros_like(value)
     for i in range(6):
         row = [slow_iou(boxes[0, i].tolist(), boxes[0, j].tolist()) for j in range(6)]
-        total = sum(row) if row_normalise else 1.0
+        total = sum(row) if row_normalize else 1.0
         for j in range(6):
             mixed[i] += row[j] / total * value[j]
     torch.testing.assert_close(module(query, boxes, None)[0], module.out_proj(mixed))

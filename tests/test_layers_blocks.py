@@ -159,7 +159,7 @@ def test_unknown_activation_names_its_key():
         make_activation("swish")
 
 
-def test_initialisation():
+def test_initialization():
     module = nn.Sequential(nn.Linear(50, 100), nn.LayerNorm(100))
     before = module[0].bias.clone()
     xavier_init_matrices(module)

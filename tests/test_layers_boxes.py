@@ -110,19 +110,19 @@ def test_deltas_equal_detectron2(weights):
     deltas[0, 2:] = 1e4  # growth is bounded, in the same place
     deltas[1, 2:] = -1e4
     current = cxcywh_to_xyxy(torch.rand(200, 4, generator=generator) * 400 + 1)
-    centre, size = weights
-    reference = Box2BoxTransform((centre, centre, size, size), scale_clamp=MAX_LOG_SCALE)
+    center, size = weights
+    reference = Box2BoxTransform((center, center, size, size), scale_clamp=MAX_LOG_SCALE)
     expected = reference.apply_deltas(deltas, current)
-    decoded = decode_deltas(deltas, current, centre_weight=centre, size_weight=size)
+    decoded = decode_deltas(deltas, current, center_weight=center, size_weight=size)
     # Corners of huge boxes round at the scale of the box, not of the corner.
     scale = expected.abs().amax(dim=1, keepdim=True).clamp(min=1)
     assert ((decoded - expected).abs() / scale).max() < 1e-6
 
 
 def test_deltas_by_hand():
-    current = torch.tensor([10.0, 20, 30, 60])  # centre 20, 40, size 20, 40
+    current = torch.tensor([10.0, 20, 30, 60])  # center 20, 40, size 20, 40
     deltas = torch.tensor([1.0, -1.0, math.log(2), math.log(0.5)])
-    # The weight of the centre is 2: moved by half a side.
+    # The weight of the center is 2: moved by half a side.
     expected = torch.tensor([30.0 - 20, 20 - 10, 30 + 20, 20 + 10])
     assert torch.allclose(decode_deltas(deltas, current), expected)
     assert torch.allclose(decode_deltas(torch.zeros(4), current), current)

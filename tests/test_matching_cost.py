@@ -16,16 +16,16 @@ def make(dtype=torch.float64, columns=K, counts=(3, 0, 1), seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def boxes(*shape, whwh):
-        centre, half = torch.rand(*shape, 2, generator=g), 0.3 * torch.rand(*shape, 2, generator=g)
-        return torch.cat((centre - half, centre + half + 0.01), -1).to(whwh) * whwh
+        center, half = torch.rand(*shape, 2, generator=g), 0.3 * torch.rand(*shape, 2, generator=g)
+        return torch.cat((center - half, center + half + 0.01), -1).to(whwh) * whwh
 
     whwh = WHWH.to(dtype)
     predicted = boxes(S, B, N, whwh=whwh[:, None])
     logits = 3 * torch.randn(S, B, N, columns, generator=g, dtype=dtype)
-    truth = [boxes(n, whwh=whwh[b]) for b, n in enumerate(counts)]
+    gt = [boxes(n, whwh=whwh[b]) for b, n in enumerate(counts)]
     labels = [torch.randint(K, (n,), generator=g) for n in counts]
     predictions = Predictions(logits, predicted, torch.ones(B, N, dtype=torch.bool))
-    return predictions, Targets.from_lists(truth, labels, whwh)
+    return predictions, Targets.from_lists(gt, labels, whwh)
 
 
 def slow_giou(a, b):
@@ -37,7 +37,7 @@ def slow_giou(a, b):
     return width * height / union - (hull - union) / hull
 
 
-def slow_cost(logits, box, label, truth, whwh, kind, box_format, weights, alpha, gamma):
+def slow_cost(logits, box, label, gt, whwh, kind, box_format, weights, alpha, gamma):
     if kind == "softmax":
         exps = [math.exp(x) for x in logits]
         classification = -exps[label] / sum(exps)
@@ -46,11 +46,11 @@ def slow_cost(logits, box, label, truth, whwh, kind, box_format, weights, alpha,
         positive = -alpha * (1 - p) ** gamma * math.log(p + 1e-8)
         negative = -(1 - alpha) * p**gamma * math.log(1 - p + 1e-8)
         classification = positive - negative
-    a, b = ([x / s for x, s in zip(y, whwh, strict=True)] for y in (box, truth))
+    a, b = ([x / s for x, s in zip(y, whwh, strict=True)] for y in (box, gt))
     if box_format == "cxcywh":
         a, b = ([(y[0] + y[2]) / 2, (y[1] + y[3]) / 2, y[2] - y[0], y[3] - y[1]] for y in (a, b))
     l1 = sum(abs(x - y) for x, y in zip(a, b, strict=True))
-    return weights[0] * classification + weights[1] * l1 - weights[2] * slow_giou(box, truth)
+    return weights[0] * classification + weights[1] * l1 - weights[2] * slow_giou(box, gt)
 
 
 @pytest.mark.parametrize("kind", ["focal", "softmax"])

@@ -1,4 +1,4 @@
-"""The corridor as a whole: what must not change the detections, and what a step must not do."""
+"""The pipeline as a whole: what must not change the detections, and what a step must not do."""
 
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def test_order_of_the_batch_does_not_matter(detector):
         assert torch.allclose(a, b.flip(0), atol=1e-3, rtol=1e-4)
 
 
-def test_a_larger_neighbour_changes_only_what_lies_at_the_border():
+def test_a_larger_neighbor_changes_only_what_lies_at_the_border():
     # Convolutions see the padding, the boxes' scale must not: they are in pixels of the own image.
     init = ["MODEL.PROPOSAL_GENERATOR.BOX_INIT", "image"]
     model = build("MODEL.DECODER.NUM_STAGES", "1", *init).eval()
@@ -192,7 +192,7 @@ def test_a_forward_pass_to_raw_predictions_copies_nothing_to_the_host(monkeypatc
 @pytest.mark.parametrize(
     "bad, found",
     [
-        ({"file_name": "grey.png", "image": torch.zeros(1, 8, 8)}, r"grey\.png.*\(1, 8, 8\)"),
+        ({"file_name": "gray.png", "image": torch.zeros(1, 8, 8)}, r"gray\.png.*\(1, 8, 8\)"),
         ({"image_id": 7, "image": None}, "7.*NoneType"),
         ({"image": torch.zeros(2, 3, 8, 8)}, r"without a name.*\(2, 3, 8, 8\)"),
     ],

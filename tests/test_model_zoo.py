@@ -94,10 +94,10 @@ def test_stale_data_are_noticed(figures):
     changed = json.loads(json.dumps(figures))
     changed["models"][TINY]["fingerprint"] = "0"
     changed["models"]["gone"] = changed["models"].pop("detr_tiny")
-    complaints = "\n".join(make_model_zoo.stale(changed))
-    assert f"{TINY}: fingerprint is 0" in complaints
-    assert "detr_tiny: not counted yet" in complaints
-    assert "gone: there is no such model" in complaints
+    issues = "\n".join(make_model_zoo.stale(changed))
+    assert f"{TINY}: fingerprint is 0" in issues
+    assert "detr_tiny: not counted yet" in issues
+    assert "gone: there is no such model" in issues
     changed = json.loads(json.dumps(figures))
     changed["models"][TINY]["gmacs"] += 1
     assert "MODEL_ZOO.md is not what its data give" in make_model_zoo.stale(changed)

@@ -242,7 +242,7 @@ def test_another_outcome_is_said(tmp_path):
 
 
 def as_on_a_gpu(trainer: Trainer, monkeypatch) -> None:
-    """The host learns late, and the optimiser decides on the device."""
+    """The host learns late, and the optimizer decides on the device."""
     trainer._trainer.guard.late = True
     monkeypatch.setattr(asag.engine.step, "update_unless", update_on_device)
 
@@ -321,21 +321,21 @@ def test_a_healthy_run_is_the_same_without_the_guard(tmp_path):
     assert losses(guarded) == losses(plain)
 
 
-def test_fused_optimiser_decides_on_the_device():
+def test_fused_optimizer_decides_on_the_device():
     torch.manual_seed(0)
     layers = [nn.Linear(3, 3), nn.Linear(3, 3)]
     layers[1].load_state_dict(layers[0].state_dict())
-    optimisers = [torch.optim.AdamW(x.parameters(), lr=0.1, fused=True) for x in layers]
+    optimizers = [torch.optim.AdamW(x.parameters(), lr=0.1, fused=True) for x in layers]
     for bad in (True, False, True, False):
         gradient = torch.randn(3, 3)
         for layer in layers:
             layer.weight.grad = gradient * math.nan if bad else gradient.clone()
             layer.bias.grad = torch.ones(3)
-        update_on_device(optimisers[0], torch.tensor(bad))
-        update_unless(optimisers[1], torch.tensor(bad))
+        update_on_device(optimizers[0], torch.tensor(bad))
+        update_unless(optimizers[1], torch.tensor(bad))
         assert torch.equal(layers[0].weight, layers[1].weight)
         assert torch.equal(layers[0].bias, layers[1].bias)
-    state = optimisers[0].state[layers[0].weight]
+    state = optimizers[0].state[layers[0].weight]
     assert state["step"].item() == 2 and state["exp_avg"].isfinite().all()
 
 

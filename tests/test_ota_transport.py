@@ -206,9 +206,9 @@ def test_chains_reach_the_optimum_from_any_potentials(seed: int) -> None:
     start = (rows - potentials[..., None]).argmin(dim=1)
     bounds = RowBounds.from_supply(supply, 24)
     assert bounds.violation(count_rows(start, 6)).max() > 2
-    mended = repair_assignment(rows, potentials, start, bounds, rounds=60, tie=-1.0)
+    repaired = repair_assignment(rows, potentials, start, bounds, rounds=60, tie=-1.0)
     best = total(cost, exact_transport(cost, supply, everything(cost)).assignment)
-    assert torch.allclose(total(cost, mended - 1), best, atol=1e-3)
+    assert torch.allclose(total(cost, repaired - 1), best, atol=1e-3)
 
 
 @pytest.mark.parametrize("m", [1, 5, 30])
@@ -225,7 +225,7 @@ def test_never_looking_gives_the_same_answer(m: int, monkeypatch: pytest.MonkeyP
 
 
 def test_many_ties_are_settled_together() -> None:
-    cost = torch.zeros(2, 10, 200)  # every prediction alike, as freshly initialised ones may be
+    cost = torch.zeros(2, 10, 200)  # every prediction alike, as freshly initialized ones may be
     supply = torch.full((2, 10), 7.0)
     result = SinkhornTransport()(cost, supply, everything(cost))
     assert torch.equal(positives(result.assignment, 10), supply.long())

@@ -72,13 +72,13 @@ def test_frozen_part_is_named(tmp_path, word, part, start):
     assert f"\n  {part}: " in result.report() and "FAILED" in result.report()
 
 
-def test_optimiser_that_does_nothing(tmp_path):
+def test_optimizer_that_does_nothing(tmp_path):
     cfg, model, samples = setting(tmp_path)
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SOLVER.BASE_LR = 0.0
     result = check_overfit(cfg, model, samples, steps=2)
-    assert not result.passed and parts(result)[0] == "optimiser"
+    assert not result.passed and parts(result)[0] == "optimizer"
     assert result.first == pytest.approx(result.last)
 
 
@@ -90,7 +90,7 @@ def test_divergence(tmp_path):
         SOLVER__CLIP_GRADIENTS__ENABLED=False,
     )
     result = check_overfit(cfg, model, samples, steps=10)
-    assert not result.passed and parts(result) == ["optimiser"]
+    assert not result.passed and parts(result) == ["optimizer"]
     assert "diverged" in result.findings[0].evidence and result.steps < 10
 
 
@@ -119,13 +119,13 @@ def test_generator_with_losses_of_its_own(tmp_path):
     assert "generator" not in {x.part for x in model_findings(model, samples, high)}
 
 
-def test_data_that_cannot_be_learnt(tmp_path):
+def test_data_that_cannot_be_learned(tmp_path):
     cfg, model, samples = setting(tmp_path)
     assert data_findings(samples) == []
     twin = samples[0] | {"file_name": "twin.png"}
     assert "twin.png shows the same as" in data_findings([samples[0], twin])[0].evidence
-    grey = samples[0] | {"image": torch.full_like(samples[0]["image"], 7), "file_name": "grey.png"}
-    assert "grey.png is of one colour" in data_findings([grey])[0].evidence
+    gray = samples[0] | {"image": torch.full_like(samples[0]["image"], 7), "file_name": "gray.png"}
+    assert "gray.png is of one color" in data_findings([gray])[0].evidence
     double = copy.deepcopy(samples[0])
     double["instances"] = type(double["instances"]).cat([double["instances"]] * 2)
     assert "the very same box" in data_findings([double])[0].evidence

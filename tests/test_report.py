@@ -28,7 +28,7 @@ from asag.engine import reporting
 from asag.engine.commands import main as train_net
 from asag.report import REPORT_FILE, Run, RunFolderError, RunRecord, write_report
 from asag.report.accuracy import AREAS, coco_accuracy
-from asag.report.annotations import DatasetSummary, Truth
+from asag.report.annotations import DatasetSummary, GroundTruth
 from asag.report.charts import Line, line_chart, thinned
 from asag.report.html import Html, table, tag
 from asag.report.image_errors import (
@@ -175,13 +175,13 @@ def test_final_metrics_are_those_of_metrics_json(trained):
 def test_figures_by_class_and_size_equal_pycocotools(trained):
     record = RunRecord.read(trained)
     json_file = record.datasets["report_shapes_val"]["json_file"]
-    truth = COCO(json_file)
+    gt = COCO(json_file)
     results = json.loads((trained / "inference/coco_instances_results.json").read_text())
     page = read_page(trained)
     by_class, by_size = page.table("By class"), page.table("By size")
 
     def stats(**params):
-        evaluation = COCOeval(truth, truth.loadRes([dict(x) for x in results]), "bbox")
+        evaluation = COCOeval(gt, gt.loadRes([dict(x) for x in results]), "bbox")
         for key, value in params.items():
             setattr(evaluation.params, key, value)
         evaluation.evaluate()
@@ -192,12 +192,12 @@ def test_figures_by_class_and_size_equal_pycocotools(trained):
     whole = stats()
     assert [by_size["all"][x] for x in ("AP", "AP50", "AP75")] == whole[:3]
     assert [by_size[x]["AP"] for x in AREAS[1:]] == whole[3:6]
-    for category in truth.dataset["categories"]:
+    for category in gt.dataset["categories"]:
         one = stats(catIds=[category["id"]])
         row = by_class[category["name"]]
         assert [row[x] for x in ("AP", "AP50", "AP75")] == one[:3]
         assert [row[f"AP {x}"] for x in AREAS[1:]] == one[3:6]
-        assert int(row["objects"]) == len(truth.getAnnIds(catIds=[category["id"]]))
+        assert int(row["objects"]) == len(gt.getAnnIds(catIds=[category["id"]]))
 
 
 def test_curves_of_all_that_was_logged(trained):
@@ -378,14 +378,14 @@ def test_a_report_that_fails_does_not_fail_the_training(tmp_path, caplog):
 
 def test_training_ends_well_without_its_report(tmp_path, monkeypatch):
     def broken(*_, **__):
-        raise RuntimeError("no room on the disk")
+        raise RuntimeError("no space on the disk")
 
     register_tiny_shapes()
     monkeypatch.setattr("asag.report.write_report", broken)
     options = tiny_options(tmp_path, TEST__REPORT=True, SOLVER__MAX_ITER=1)
     assert train_net(["--config-file", str(CONFIG), "--num-gpus", "0", *options]) == 0
     assert (tmp_path / "model_final.pth").is_file() and not (tmp_path / REPORT_FILE).exists()
-    assert "no room on the disk" in (tmp_path / "log.txt").read_text()
+    assert "no space on the disk" in (tmp_path / "log.txt").read_text()
 
 
 # Precision and recall.
@@ -464,7 +464,7 @@ def slow_curve(content, results, category, iou):
 @pytest.mark.parametrize("seed", range(4))
 def test_curves_equal_a_slow_reference(tmp_path, seed):
     content, results = random_scene(seed)
-    file = tmp_path / "truth.json"
+    file = tmp_path / "ground truth.json"
     file.write_text(json.dumps(content))
     found = coco_accuracy(file, results, class_names=["a", "b"], labels={3: 0, 5: 1})
     slow = {
@@ -484,7 +484,7 @@ def test_curves_equal_a_slow_reference(tmp_path, seed):
 
 def test_classes_keep_their_names_whatever_the_order_of_ids(tmp_path):
     content, results = random_scene(0)
-    file = tmp_path / "truth.json"
+    file = tmp_path / "ground truth.json"
     file.write_text(json.dumps(content))
     one = coco_accuracy(file, results, class_names=["a", "b"], labels={3: 0, 5: 1})
     other = coco_accuracy(file, results, class_names=["b", "a"], labels={3: 1, 5: 0})
@@ -495,7 +495,7 @@ def test_classes_keep_their_names_whatever_the_order_of_ids(tmp_path):
 def test_class_without_objects_has_no_curve_and_does_not_count(tmp_path):
     content, results = random_scene(1, classes=1)
     content["categories"].append({"id": 9, "name": "absent"})
-    file = tmp_path / "truth.json"
+    file = tmp_path / "ground truth.json"
     file.write_text(json.dumps(content))
     found = coco_accuracy(file, results, class_names=["a", "absent"], labels={3: 0, 9: 1})
     assert np.isnan(found.curve(label=1)).all() and np.isnan(found.ap(label=1))
@@ -511,24 +511,24 @@ def test_nothing_found_gives_no_accuracy(tmp_path):
 
 def arrays(content, results):
     """Annotations and detections of every image."""
-    truths, founds = [], []
+    gts, founds = [], []
     for image in content["images"]:
         rows = [x for x in content["annotations"] if x["image_id"] == image["id"]]
         annotations = [x | {"bbox_mode": 1, "category_id": x["category_id"]} for x in rows]
-        truths.append(Truth.of({"annotations": annotations}))
+        gts.append(GroundTruth.of({"annotations": annotations}))
         rows = [x for x in results if x["image_id"] == image["id"]]
         rows.sort(key=lambda x: -x["score"])
         boxes = np.array([x["bbox"] for x in rows]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = np.array([x["category_id"] for x in rows], dtype=np.int64)
         founds.append(Found(boxes, labels, np.array([x["score"] for x in rows])))
-    return truths, founds
+    return gts, founds
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_verdicts_equal_pycocotools(seed):
     content, results = random_scene(seed)
-    truths, founds = arrays(content, results)
+    gts, founds = arrays(content, results)
     coco = COCO()
     coco.dataset = content
     coco.createIndex()
@@ -536,23 +536,23 @@ def test_verdicts_equal_pycocotools(seed):
     evaluation.params.iouThrs = np.array([0.5])
     evaluation.params.areaRng = evaluation.params.areaRng[:1]
     evaluation.evaluate()
-    expected = np.zeros((len(truths), 2), dtype=int)
+    expected = np.zeros((len(gts), 2), dtype=int)
     for entry in filter(None, evaluation.evalImgs):
         matched, ignored = entry["dtMatches"][0] > 0, entry["dtIgnore"][0] > 0
         expected[entry["image_id"] - 1] += (matched & ~ignored).sum(), ignored.sum()
-    for verdict, (right, ignored) in zip(map(judge, founds, truths), expected, strict=True):
+    for verdict, (right, ignored) in zip(map(judge, founds, gts), expected, strict=True):
         assert (verdict == RIGHT).sum() == right
         assert (verdict == IGNORED).sum() == ignored
     assert expected.sum() > 0
 
 
 def scene(truth_xyxy, found_xyxy, scores):
-    truth = np.array(truth_xyxy, dtype=float).reshape(-1, 4)
+    gt = np.array(truth_xyxy, dtype=float).reshape(-1, 4)
     found = np.array(found_xyxy, dtype=float).reshape(-1, 4)
-    m, n = len(truth), len(found)
+    m, n = len(gt), len(found)
     return (
         Found(found, np.zeros(n, dtype=np.int64), np.array(scores, dtype=float)),
-        Truth(truth, np.zeros(m, dtype=np.int64), np.zeros(m, dtype=bool)),
+        GroundTruth(gt, np.zeros(m, dtype=np.int64), np.zeros(m, dtype=bool)),
     )
 
 
@@ -617,7 +617,7 @@ def test_objects_are_counted_by_class_and_size():
         {"bbox": [0, 0, 100, 100], "bbox_mode": 1, "category_id": 1},
         {"bbox": [0, 0, 100, 100], "bbox_mode": 1, "category_id": 1, "iscrowd": 1},
     ]
-    found = DatasetSummary.of([Truth.of({"annotations": annotations}), Truth.of({})], 3)
+    found = DatasetSummary.of([GroundTruth.of({"annotations": annotations}), GroundTruth.of({})], 3)
     assert found.objects.tolist() == [[2, 0, 0], [0, 1, 1], [0, 0, 0]]
     assert (found.images, found.empty, found.ignored, found.fullest) == (2, 1, 1, 4)
     assert found.median_side == pytest.approx(np.sqrt((32 * 32 + 40 * 40) / 2))

@@ -104,10 +104,8 @@ def test_many_classes_of_odd_names(tmp_path, classes, detected):
     ]
     image = {"id": 1, "file_name": "<i>.png", "height": 80, "width": 80}
     categories = [{"id": k + 1, "name": x} for k, x in enumerate(names)]
-    truth = tmp_path / "truth.json"
-    truth.write_text(
-        json.dumps({"images": [image], "annotations": objects, "categories": categories})
-    )
+    gt = tmp_path / "ground truth.json"
+    gt.write_text(json.dumps({"images": [image], "annotations": objects, "categories": categories}))
     annotations = [
         {"bbox": box, "bbox_mode": 1, "category_id": x["category_id"] - 1, "iscrowd": 0}
         for x in objects
@@ -121,7 +119,7 @@ def test_many_classes_of_odd_names(tmp_path, classes, detected):
         thing_classes=names,
         thing_dataset_id_to_contiguous_id={k + 1: k for k in range(classes)},
         evaluator_type="coco",
-        json_file=str(truth),
+        json_file=str(gt),
     )
     try:
         result = compare_with_data("edge_names", found)

@@ -93,19 +93,19 @@ def test_standard_set_covers_what_it_promises(tmp_path):
     assert pixels.std() > 3
 
 
-def test_colour_does_not_tell_the_class(tmp_path):
-    """The mean colours of the classes' box centres are alike, far below their spread."""
+def test_color_does_not_tell_the_class(tmp_path):
+    """The mean colors of the classes' box centers are alike, far below their spread."""
     samples = load_shapes(replace(STANDARD, images=(("train", 150),)), "train", tmp_path)
-    colours: dict[int, list[np.ndarray]] = {k: [] for k in range(5)}
+    colors: dict[int, list[np.ndarray]] = {k: [] for k in range(5)}
     for sample in samples:
         pixels = np.asarray(Image.open(sample["file_name"]), dtype=float)
         for annotation in sample["annotations"]:
             x, y, w, h = (int(v) for v in annotation["bbox"])
             patch = pixels[y : y + h, x : x + w]
-            colours[annotation["category_id"]].append(patch.mean(axis=(0, 1)))
-    means = np.array([np.mean(c, axis=0) for c in colours.values()])
+            colors[annotation["category_id"]].append(patch.mean(axis=(0, 1)))
+    means = np.array([np.mean(c, axis=0) for c in colors.values()])
     assert np.ptp(means, axis=0).max() < 30
-    assert min(np.std(c, axis=0).min() for c in colours.values()) > 30
+    assert min(np.std(c, axis=0).min() for c in colors.values()) > 30
 
 
 @pytest.mark.parametrize("name", OUTLINES)

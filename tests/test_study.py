@@ -175,8 +175,8 @@ def test_table_and_results(
 
 
 def test_spread_of_one_seed_is_unknown() -> None:
-    assert study.summarise([3.0]) == "3.0"
-    assert study.summarise([1.0, 3.0]) == f"2.0 ± {math.sqrt(2):.1f}"
+    assert study.summarize([3.0]) == "3.0"
+    assert study.summarize([1.0, 3.0]) == f"2.0 ± {math.sqrt(2):.1f}"
 
 
 def test_runs_without_stages_are_left_out_of_their_table(

@@ -93,7 +93,7 @@ def read_all(reading, seen):
     os.close(reading)
 
 
-def test_log_file_has_no_colours(monkeypatch, tmp_path):
+def test_log_file_has_no_colors(monkeypatch, tmp_path):
     register_tiny_shapes()
     monkeypatch.setattr("detectron2.data.build.colored", lambda text, *_: f"\x1b[36m{text}\x1b[0m")
     options = tiny_options(tmp_path, SOLVER__MAX_ITER=1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from asag import load_config
 from asag.checkpoint.detr import UNUSED_CATEGORIES
-from asag.checkpoint.layouts import recognise
+from asag.checkpoint.layouts import recognize
 from asag.checkpoint.loading import load_weights, to_library_names
 from asag.checkpoint.reading import read_checkpoint
 from asag.modeling.layers.boxes import xyxy_to_cxcywh
@@ -94,7 +94,7 @@ def theirs(name: str, backbone: str) -> nn.Module:
     with torch.no_grad():
         for key, p in model.named_parameters():
             if "backbone" not in key:  # which starts at random, not near zero like the rest
-                p.copy_(randomised(key, p))
+                p.copy_(randomized(key, p))
         for module in model.modules():
             if hasattr(module, "running_mean"):
                 module.weight.uniform_(0.5, 1.0)
@@ -114,7 +114,7 @@ def take_statistics(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     norm.running_var.copy_(inputs[0].var(dim=(0, 2, 3)) + 0.01)
 
 
-def randomised(name: str, p: Tensor) -> Tensor:
+def randomized(name: str, p: Tensor) -> Tensor:
     """A random matrix that keeps the variance, or norms and biases about where they start."""
     if p.dim() == 1:
         return p + 0.2 * torch.randn_like(p)
@@ -259,7 +259,7 @@ def test_names_of_files_and_of_modules_mean_the_same(
     expected = theirs(name, backbone)
     modules = expected.state_dict()
     file = read_checkpoint(save(expected, tmp_path))["model"]
-    assert recognise(modules) == recognise(file) == layout(name, backbone)
+    assert recognize(modules) == recognize(file) == layout(name, backbone)
     first, second = to_library_names(modules), to_library_names(file)
     assert first.keys() == second.keys() and len(first) > 300
     assert all(torch.equal(first[k], second[k]) for k in first)

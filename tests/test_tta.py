@@ -20,7 +20,7 @@ from asag.modeling.tta import DetectorWithTTA, merge_by_nms, merge_by_vote
 HEIGHT, WIDTH = 60, 100
 
 
-class ColourDetector(nn.Module):
+class ColorDetector(nn.Module):
     """Reports the bounding box of all pure red pixels: a detector that is right at any size."""
 
     def __init__(self) -> None:
@@ -61,8 +61,8 @@ def tta_cfg(*options: Any) -> Any:
     return cfg
 
 
-def wrapped(*options: Any) -> tuple[DetectorWithTTA, ColourDetector]:
-    model = ColourDetector().eval()
+def wrapped(*options: Any) -> tuple[DetectorWithTTA, ColorDetector]:
+    model = ColorDetector().eval()
     return DetectorWithTTA(tta_cfg(*options), model), model
 
 
@@ -126,9 +126,9 @@ def test_top_k_limits_the_answer_best_first() -> None:
         return EXPECTED.repeat(3, 1), scores, torch.tensor([0, 1, 2])
 
     cfg = tta_cfg()
-    reference = DetectorWithTTA(cfg, ColourDetector().eval())
+    reference = DetectorWithTTA(cfg, ColorDetector().eval())
     detector = DetectorWithTTA(
-        model=ColourDetector().eval(), augment=reference.augment, merge=many, top_k=2
+        model=ColorDetector().eval(), augment=reference.augment, merge=many, top_k=2
     )
     found = detector([as_input(picture())])[0]["instances"]
     assert found.pred_classes.tolist() == [1, 2]
@@ -158,7 +158,7 @@ def test_training_mode_is_refused() -> None:
 
 def test_the_mode_of_the_model_outlives_an_evaluation() -> None:
     for training in (True, False):
-        model = ColourDetector().train(training)
+        model = ColorDetector().train(training)
         detector = DetectorWithTTA(tta_cfg(), model)
         before = detector.training
         detector.eval()

@@ -31,7 +31,7 @@ def _run(case: dict, folder: Path, name: str = "renamed.pt") -> int:
     return verify.main([str(folder), "--quiet"])
 
 
-def test_case_is_recognised_under_any_file_name(small_case: dict, tmp_path: Path) -> None:
+def test_case_is_recognized_under_any_file_name(small_case: dict, tmp_path: Path) -> None:
     assert _run(small_case, tmp_path / "sparse_rcnn") == 0
 
 

@@ -34,27 +34,27 @@ def detections(boxes, classes, scores, size_hw=(480, 640)):
     return found
 
 
-def truth(boxes, classes, size_hw=(480, 640)):
+def gt(boxes, classes, size_hw=(480, 640)):
     objects = Instances(size_hw)
     objects.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     objects.gt_classes = torch.tensor(classes, dtype=torch.long)
     return objects
 
 
-def grey(height=480, width=640):
+def gray(height=480, width=640):
     return np.full((height, width, 3), 90, dtype=np.uint8)
 
 
 def outlined(picture, box, color):
-    """Whether all four edge middles of a box have the colour."""
+    """Whether all four edge middles of a box have the color."""
     x0, y0, x1, y1 = box
     middles = [(x0, (y0 + y1) // 2), (x1, (y0 + y1) // 2), ((x0 + x1) // 2, y1)]
     return all(tuple(picture[y, x]) == color for x, y in middles)
 
 
 class TestDrawDetections:
-    def test_boxes_have_the_colour_of_their_class_and_the_picture_is_kept(self):
-        image = grey()
+    def test_boxes_have_the_color_of_their_class_and_the_picture_is_kept(self):
+        image = gray()
         found = detections([[100, 100, 200, 180], [300, 200, 420, 400]], [0, 1], [0.9, 0.8])
         drawn = draw_detections(image, found, NAMES)
         assert drawn.shape == (480, 640, 3) and drawn.dtype == np.uint8
@@ -64,44 +64,44 @@ class TestDrawDetections:
 
     def test_threshold_hides_low_scores_but_never_ground_truth(self):
         found = detections([[100, 100, 200, 180]], [0], [0.29])
-        assert (draw_detections(grey(), found, NAMES) == 90).all()
-        assert (draw_detections(grey(), found, NAMES, score_threshold=0.2) != 90).any()
-        objects = truth([[100, 100, 200, 180]], [0])
-        assert (draw_detections(grey(), objects, NAMES, score_threshold=1.0) != 90).any()
+        assert (draw_detections(gray(), found, NAMES) == 90).all()
+        assert (draw_detections(gray(), found, NAMES, score_threshold=0.2) != 90).any()
+        objects = gt([[100, 100, 200, 180]], [0])
+        assert (draw_detections(gray(), objects, NAMES, score_threshold=1.0) != 90).any()
 
     @pytest.mark.parametrize(
         ("size_hw", "drawn_hw"),
         [((128, 160), (480, 600)), ((480, 640), (480, 640)), ((8, 3000), (8, 3000))],
     )
     def test_small_pictures_are_enlarged(self, size_hw, drawn_hw):
-        drawn = draw_detections(grey(*size_hw), detections([], [], [], size_hw), NAMES)
+        drawn = draw_detections(gray(*size_hw), detections([], [], [], size_hw), NAMES)
         assert drawn.shape[:2] == drawn_hw
 
     def test_boxes_follow_the_size_of_the_instances(self):
         found = detections([[50, 50, 100, 90]], [0], [0.9], size_hw=(240, 320))
-        assert outlined(draw_detections(grey(), found, NAMES), (100, 100, 200, 180), class_color(0))
+        assert outlined(draw_detections(gray(), found, NAMES), (100, 100, 200, 180), class_color(0))
 
     def test_boxes_that_are_not_finite_or_lie_outside_do_no_harm(self):
         boxes = [[float("nan"), 0, 5, 5], [0, 0, float("inf"), 5], [-500, -500, 5000, 5000]]
-        drawn = draw_detections(grey(), detections(boxes, [0, 0, 1], [0.9, 0.9, 0.9]), NAMES)
+        drawn = draw_detections(gray(), detections(boxes, [0, 0, 1], [0.9, 0.9, 0.9]), NAMES)
         assert tuple(drawn[240, 0]) == class_color(1)
         assert tuple(drawn[240, 639]) == class_color(1)
 
     def test_classes_without_a_name_are_drawn(self):
         found = detections([[100, 100, 200, 180]], [7], [0.9])
-        assert outlined(draw_detections(grey(), found, NAMES), (100, 100, 200, 180), class_color(7))
+        assert outlined(draw_detections(gray(), found, NAMES), (100, 100, 200, 180), class_color(7))
 
     def test_a_crowd_of_one_class_drops_the_name(self):
         boxes = [[100 * (i % 6), 100 * (i // 6) + 20, 100 * (i % 6) + 60, 100 * (i // 6) + 60]
                  for i in range(24)]  # fmt: skip
-        objects = truth(boxes, [0] * 24)
-        named = draw_detections(grey(), objects, NAMES)
-        bare = draw_detections(grey(), objects, NAMES[:1])
+        objects = gt(boxes, [0] * 24)
+        named = draw_detections(gray(), objects, NAMES)
+        bare = draw_detections(gray(), objects, NAMES[:1])
         assert outlined(bare, tuple(boxes[7]), class_color(0))
         assert (bare != 90).sum() < (named != 90).sum()
 
     @pytest.mark.parametrize(
-        "image", [grey()[..., 0], grey().astype(np.float32), np.zeros((480, 640, 4), np.uint8)]
+        "image", [gray()[..., 0], gray().astype(np.float32), np.zeros((480, 640, 4), np.uint8)]
     )
     def test_refuses_other_arrays(self, image):
         with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8 array in RGB"):
@@ -109,14 +109,14 @@ class TestDrawDetections:
 
     def test_refuses_instances_without_boxes(self):
         with pytest.raises(ValueError, match="pred_boxes or gt_boxes"):
-            draw_detections(grey(), Instances((480, 640)), NAMES)
+            draw_detections(gray(), Instances((480, 640)), NAMES)
 
 
 class TestDrawComparison:
     def test_panels_are_those_of_draw_detections(self):
         found = detections([[10, 10, 60, 70]], [0], [0.9], (128, 160))
-        objects = truth([[12, 12, 60, 70]], [0], (128, 160))
-        image = grey(128, 160)
+        objects = gt([[12, 12, 60, 70]], [0], (128, 160))
+        image = gray(128, 160)
         sheet = draw_comparison(image, found, objects, NAMES)
         assert sheet.shape[1] == 2 * 600 + 8
         bar = sheet.shape[0] - 480
@@ -125,19 +125,17 @@ class TestDrawComparison:
         assert (sheet[:bar] == 255).any()  # white captions
 
     def test_nothing_found_and_nothing_there(self):
-        sheet = draw_comparison(grey(), detections([], [], []), truth([], []), NAMES)
+        sheet = draw_comparison(gray(), detections([], [], []), gt([], []), NAMES)
         assert (sheet[-480:, :640] == 90).all()
 
     def test_tall_narrow_pictures_keep_their_captions_inside(self):
         size = (1600, 60)
-        sheet = draw_comparison(
-            grey(*size), detections([], [], [], size), truth([], [], size), NAMES
-        )
+        sheet = draw_comparison(gray(*size), detections([], [], [], size), gt([], [], size), NAMES)
         assert sheet.shape[1] == 2 * 60 + 8
 
 
 class TestColors:
-    def test_neighbouring_classes_differ_clearly(self):
+    def test_neighboring_classes_differ_clearly(self):
         colors = np.array([class_color(k) for k in range(20)], dtype=float)
         distances = np.linalg.norm(colors[:, None] - colors[None], axis=-1)
         assert distances[~np.eye(20, dtype=bool)].min() > 25
@@ -240,7 +238,7 @@ class TestPlotCurves:
         assert dict(matplotlib.rcParams) == before
         assert pictures["single"].std() > 0
         assert not np.array_equal(pictures["single"], pictures["list"])
-        assert np.array_equal(pictures["list"], pictures["mapping"])  # labelled by the folders
+        assert np.array_equal(pictures["list"], pictures["mapping"])  # labeled by the folders
 
     def test_runs_without_accuracy_are_drawn(self, tmp_path):
         path = write_metrics(tmp_path / "m.json", [{"iteration": 1, "total_loss": -1.0}])
@@ -271,7 +269,7 @@ class TestFindMedia:
         return tmp_path
 
     def test_folders_are_searched_whole_in_natural_order(self, folder):
-        files, complaints = find_media([str(folder)], exclude=folder / "out")
+        files, issues = find_media([str(folder)], exclude=folder / "out")
         assert [str(f.relative) for f in files] == [
             "a2.JPG",
             "a10.jpg",
@@ -279,16 +277,16 @@ class TestFindMedia:
             "sub/clip.mp4",
         ]
         assert [f.is_video for f in files] == [False, False, False, True]
-        assert complaints == []
+        assert issues == []
 
     def test_an_excluded_folder_that_is_asked_for_is_searched(self, folder):
         files, _ = find_media([str(folder / "out")], exclude=folder / "out")
         assert [f.path.name for f in files] == ["a2.jpg"]
 
     def test_patterns_and_files_named_twice(self, folder):
-        files, complaints = find_media([f"{folder}/**/*.png", f"{folder}/a*", f"{folder}/a10.jpg"])
+        files, issues = find_media([f"{folder}/**/*.png", f"{folder}/a*", f"{folder}/a10.jpg"])
         assert [f.path.name for f in files] == ["b.png", "a2.JPG", "a10.jpg"]
-        assert complaints == []
+        assert issues == []
 
     def test_a_file_whose_name_looks_like_a_pattern(self, folder):
         (folder / "x[1].jpg").touch()
@@ -298,9 +296,9 @@ class TestFindMedia:
     def test_inputs_that_lead_to_nothing_are_named(self, folder):
         (folder / "empty").mkdir()
         inputs = [f"{folder}/absent.jpg", f"{folder}/*.gif", f"{folder}/empty"]
-        files, complaints = find_media(inputs)
+        files, issues = find_media(inputs)
         assert files == []
-        assert [c.split(": ")[1] for c in complaints] == [
+        assert [c.split(": ")[1] for c in issues] == [
             "no such file or folder",
             "no file fits the pattern",
             "no pictures or videos in it",
@@ -309,7 +307,7 @@ class TestFindMedia:
 
 class TestVideo:
     @pytest.mark.parametrize("suffix", [".mp4", ".avi"])
-    def test_round_trip_keeps_colours_and_order(self, tmp_path, suffix):
+    def test_round_trip_keeps_colors_and_order(self, tmp_path, suffix):
         path = tmp_path / "new" / f"clip{suffix}"
         colors = [(220, 30, 30), (30, 220, 30), (30, 30, 220)]
         with VideoWriter(path, fps=10.0) as writer:
@@ -334,13 +332,13 @@ class TestVideo:
             VideoWriter(tmp_path / "clip.nonsense", 10.0) as writer,
             pytest.raises(VideoWriteError, match=r"\.mp4 or \.avi"),
         ):
-            writer.write(grey(64, 64))
+            writer.write(gray(64, 64))
 
     def test_frames_of_another_size_are_refused(self, tmp_path):
         with VideoWriter(tmp_path / "clip.avi", 10.0) as writer:
-            writer.write(grey(64, 64))
+            writer.write(gray(64, 64))
             with pytest.raises(VideoWriteError, match="frames change"):
-                writer.write(grey(64, 80))
+                writer.write(gray(64, 80))
 
 
 def test_record_lists_pictures_without_objects_too(tmp_path):

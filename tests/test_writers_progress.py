@@ -152,7 +152,7 @@ def test_there_may_be_no_stdout(monkeypatch):
     assert not on_terminal() and progress.TrainingProgress.if_on_terminal() is None
 
 
-def test_files_of_logs_lose_colours_and_nothing_else(tmp_path, capsys):
+def test_files_of_logs_lose_colors_and_nothing_else(tmp_path, capsys):
     logger = logging.Logger("plain")
     with open(tmp_path / "log.txt", "w", encoding="utf-8") as file:
         for stream in (sys.stdout, file):

@@ -28,7 +28,7 @@ from asag import load_config  # noqa: E402
 import torch  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.modeling import build_model  # noqa: E402
-from flops import Count, count_flops, count_parameters, rooms  # noqa: E402
+from flops import Count, components, count_flops, count_parameters  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,19 +109,19 @@ def report(path: str, cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
         "trainable": trainable,
         "gmacs": _mean(counts, lambda c: c.macs),
         "gflops": _mean(counts, lambda c: c.flops),
-        "rooms": {},
+        "components": {},
         "by_operator": {
             name: _mean(counts, lambda c, name=name: c.by_operator[name])
             for name in counts[0][0].by_operator
         },
         "uncounted": counts[0][0].uncounted,
     }
-    for room in rooms(model):
-        total, trainable = room.count_parameters(model)
-        result["rooms"][room.name] = {
+    for component in components(model):
+        total, trainable = component.count_parameters(model)
+        result["components"][component.name] = {
             "parameters": total,
             "trainable": trainable,
-            "gmacs": _mean(counts, room.macs),
+            "gmacs": _mean(counts, component.macs),
         }
     result["reference"] = compare(path, result)
     return result
@@ -172,11 +172,11 @@ def render(result: dict[str, Any]) -> str:
     """The table that people read."""
     lines = [
         f"{result['config']}, input {result['input']}",
-        f"{'room':<20}{'parameters':>14}{'trainable':>14}{'GMACs':>10}",
+        f"{'component':<20}{'parameters':>14}{'trainable':>14}{'GMACs':>10}",
     ]
-    for name, room in [*result["rooms"].items(), ("total", result)]:
+    for name, component in [*result["components"].items(), ("total", result)]:
         lines.append(
-            f"{name:<20}{room['parameters']:>14,}{room['trainable']:>14,}{room['gmacs']:>10.2f}"
+            f"{name:<20}{component['parameters']:>14,}{component['trainable']:>14,}{component['gmacs']:>10.2f}"
         )
     lines.append(
         f"GFLOPs (a multiply-add is two operations): {result['gflops']:.2f}; not counted: "

@@ -8,8 +8,8 @@
     python tools/benchmark.py --profile A.yaml    # where a real training step spends its time
 
 The arms take turns (A B A B ...), so that a machine that warms up or is shared treats them alike.
-Images are random, weights are as initialised and training updates them by the configured recipe.
-"Other" is what no room does: normalising and padding the images, and postprocessing.
+Images are random, weights are as initialized and training updates them by the configured recipe.
+"Other" is what no component does: normalizing and padding the images, and postprocessing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ FOLD_NORMS = "fold-norms"
 
 
 class Arm:
-    """One configuration under test: its model, optimiser, batch and times."""
+    """One configuration under test: its model, optimizer, batch and times."""
 
     def __init__(self, spec: str, args: argparse.Namespace) -> None:
         """
@@ -158,9 +158,9 @@ def random_batch(
     whwh = torch.tensor([width, height, width, height])
     samples = []
     for i in range(batch):
-        centre, half = torch.rand(objects, 2), 0.05 + 0.2 * torch.rand(objects, 2)
+        center, half = torch.rand(objects, 2), 0.05 + 0.2 * torch.rand(objects, 2)
         instances = Instances(size)
-        instances.gt_boxes = Boxes(torch.cat((centre - half, centre + half), dim=1) * whwh)
+        instances.gt_boxes = Boxes(torch.cat((center - half, center + half), dim=1) * whwh)
         instances.gt_boxes.clip(size)
         instances.gt_classes = torch.randint(classes, (objects,))
         image = torch.randint(256, (3, height, width), dtype=torch.uint8).to(device)

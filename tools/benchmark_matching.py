@@ -49,16 +49,16 @@ def make_batch(args: argparse.Namespace) -> tuple[Predictions, Targets]:
     else:  # many images with few objects and a long tail, as in COCO
         draws = torch.empty(args.images).exponential_(1 / args.objects, generator=rng)
         counts = draws.round().clamp(1, 10 * args.objects).long().tolist()
-    truth, labels, boxes, logits = [], [], [], []
+    gt, labels, boxes, logits = [], [], [], []
     for count in counts:
         corner = torch.rand(count, 2, generator=rng) * side * 0.7
         size = (torch.rand(count, 2, generator=rng) * 0.25 + 0.03) * side
-        truth.append(torch.cat((corner, corner + size), dim=-1))
+        gt.append(torch.cat((corner, corner + size), dim=-1))
         labels.append(torch.randint(args.classes, (count,), generator=rng))
         owner = torch.randint(count, (args.queries,), generator=rng)
         looseness = torch.linspace(1.0, 0.2, args.stages)[:, None, None]
         noise = torch.randn(args.stages, args.queries, 4, generator=rng)
-        boxes.append(truth[-1][owner] + noise * looseness * size[owner].repeat(1, 2) * 0.3)
+        boxes.append(gt[-1][owner] + noise * looseness * size[owner].repeat(1, 2) * 0.3)
         guess = torch.randn(args.stages, args.queries, args.classes, generator=rng) - 4
         chosen = labels[-1][owner].expand(args.stages, -1)[..., None]
         logits.append(guess.scatter_add(-1, chosen, torch.full(chosen.shape, 3.0)))
@@ -73,7 +73,7 @@ def make_batch(args: argparse.Namespace) -> tuple[Predictions, Targets]:
         torch.ones(args.images, args.queries, dtype=torch.bool, device=device),
     )
     whwh = torch.full((args.images, 4), side, device=device)
-    return predictions, Targets.from_lists(truth, labels, whwh)
+    return predictions, Targets.from_lists(gt, labels, whwh)
 
 
 def per_image_arm(

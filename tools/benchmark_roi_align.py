@@ -74,10 +74,10 @@ def make_scene(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], Te
         for s in STRIDES
     ]
     whwh = torch.tensor([width, height, width, height])
-    centre = torch.rand(args.images, args.queries, 2, generator=rng)
+    center = torch.rand(args.images, args.queries, 2, generator=rng)
     # From 1/30 of a side to all of it, as many small boxes as large ones: every level is read.
     half = 0.5 * 30 ** -torch.rand(args.images, args.queries, 2, generator=rng)
-    boxes = torch.cat((centre - half, centre + half), dim=-1)
+    boxes = torch.cat((center - half, center + half), dim=-1)
     noise = 0.02 * torch.randn(args.stages, *boxes.shape, generator=rng)
     stages = ((boxes + noise * half.repeat(1, 1, 2)).clamp(0, 1) * whwh).unbind()
     shape = (args.images * args.queries, args.channels, args.resolution, args.resolution)

@@ -150,7 +150,7 @@ EDITS: tuple[Edit, ...] = (
         "np.array(mask, copy=False)",
         "np.asarray(mask)",
         1,
-        "NumPy 2 raises where copy=False cannot be honoured",
+        "NumPy 2 raises where copy=False cannot be honored",
     ),
     Edit(
         "modeling/anchor_generator.py",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say what this machine has, what is wrong and how to mend it.
+"""Say what this machine has, what is wrong and how to fix it.
 
     python tools/doctor.py        (or: make doctor)
 
@@ -243,7 +243,7 @@ def check_step(config: Path = TINY_CONFIG) -> Iterator[Line]:
         yield Line(
             "WRONG",
             f"one step of {where} fails: {_brief(error)}",
-            "mend the lines above first; for the full traceback: python -m pytest tests -x",
+            "fix the lines above first; for the full traceback: python -m pytest tests -x",
         )
         return
     total = sum(losses.values())

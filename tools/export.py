@@ -9,7 +9,7 @@ to it, and stretch boxes back by the same two factors. Its outputs have a slot f
 TEST.DETECTIONS_PER_IMAGE best detections: `boxes_xyxy` (B, D, 4) in pixels of the input, `scores`
 (B, D) falling, `labels` (B, D) and `valid` (B, D). Slots that are not valid come last.
 
-Normalisation and non-maximum suppression (MODEL.NMS_THRESH_TEST) are inside. Test-time augmentation
+Normalization and non-maximum suppression (MODEL.NMS_THRESH_TEST) are inside. Test-time augmentation
 is not. ASAG needs fixed capacities (MODEL.ASAG.PATCH_CAPACITY, MODEL.ASAG.ANCHOR_CAPACITY).
 
 The file is run by onnxruntime on noise, on generated scenes and on the pictures of --images; what

@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a detector, room by room.
+"""Multiply-adds and parameters of a detector, component by component.
 
 The counter is fvcore's, which traces one forward pass, plus rules for the attention products and
 batched products that it lacks. Convolutions, linear layers and matrix products count one for each
@@ -100,7 +100,7 @@ def count_flops(model: nn.Module, height: int, width: int) -> Count:
 
 
 @dataclass(frozen=True)
-class Room:
+class Component:
     """A part of the model: the module `inside`, less the module `without` when that is named."""
 
     name: str
@@ -118,18 +118,18 @@ class Room:
         return count.by_module[self.inside] - spared
 
 
-def rooms(model: nn.Module) -> Iterator[Room]:
-    """The rooms that have parameters.
+def components(model: nn.Module) -> Iterator[Component]:
+    """The components that have parameters.
 
     A feature pyramid that wraps its network (Detectron2's `FPN`) is split into "backbone", the
     network, and "neck", what stands on top.
     """
     for name, child in model.named_children():
         if name == "backbone" and isinstance(getattr(child, "bottom_up", None), nn.Module):
-            yield Room("backbone", "backbone.bottom_up")
-            yield Room("neck", "backbone", without="backbone.bottom_up")
+            yield Component("backbone", "backbone.bottom_up")
+            yield Component("neck", "backbone", without="backbone.bottom_up")
         elif any(True for _ in child.parameters()):
-            yield Room(name, name)
+            yield Component(name, name)
 
 
 def count_parameters(module: nn.Module, excluded: Sequence[nn.Module] = ()) -> tuple[int, int]:

@@ -145,7 +145,7 @@ def fetch_sdist(folder: Path) -> Path:
 
 
 def read_sdist(path: Path, sha256: str = SDIST_SHA256) -> dict[str, bytes]:
-    """Check the archive and read the package's files and the licence into memory.
+    """Check the archive and read the package's files and the license into memory.
 
     Args:
         path: the `.tar.gz` source archive.

@@ -54,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     old = read(FIGURES.name)
     if options.check:
-        complaints = stale(old)
-        print("\n".join(complaints) or "the model zoo is up to date")
-        return 1 if complaints else 0
+        issues = stale(old)
+        print("\n".join(issues) or "the model zoo is up to date")
+        return 1 if issues else 0
     agreement = measure_agreement(options.golden) if options.golden else old.get("agreement", {})
     known = {} if options.recount else old.get("models", {})
     new: Figures = {"agreement": agreement, "models": dict(known)}
@@ -72,18 +72,18 @@ def stale(figures: Figures) -> list[str]:
     """What does not fit the configurations and data of now; nothing is built or counted."""
     models = figures.get("models", {})
     entries = {name: model_zoo.entry(name) for name in model_zoo.names()}
-    complaints = [f"{name}: not counted yet" for name in entries if name not in models]
-    complaints += [f"{name}: there is no such model any more" for name in models.keys() - entries]
+    issues = [f"{name}: not counted yet" for name in entries if name not in models]
+    issues += [f"{name}: there is no such model any more" for name in models.keys() - entries]
     for name in sorted(models.keys() & entries):
         facts = recipe_facts(entries[name])
-        complaints += [
+        issues += [
             f"{name}: {key} is {models[name].get(key)} in {FIGURES.name}, now {value}"
             for key, value in facts.items()
             if models[name].get(key) != value
         ]
-    if not complaints and (not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page(figures)):
-        complaints.append(f"{PAGE.name} is not what its data give")
-    return complaints and [*complaints, "run python tools/make_model_zoo.py"]
+    if not issues and (not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page(figures)):
+        issues.append(f"{PAGE.name} is not what its data give")
+    return issues and [*issues, "run python tools/make_model_zoo.py"]
 
 
 def page(figures: Figures) -> str:

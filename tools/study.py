@@ -159,7 +159,7 @@ def evaluate(run: Run, *options: str) -> list[dict[str, float]]:
 
 
 def execute_all(runs: list[Run], per_stage: bool, jobs: int) -> list[str]:
-    """Executes runs, `jobs` at a time; returns the complaints of those that failed."""
+    """Executes runs, `jobs` at a time; returns the issues of those that failed."""
     failures = []
     with ThreadPoolExecutor(jobs) as pool:
         pending = [(run, pool.submit(execute, run, per_stage)) for run in runs]
@@ -172,7 +172,7 @@ def execute_all(runs: list[Run], per_stage: bool, jobs: int) -> list[str]:
     return failures
 
 
-def summarise(values: list[float]) -> str:
+def summarize(values: list[float]) -> str:
     """Mean and sample standard deviation."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
@@ -191,7 +191,7 @@ def tabulate(runs: list[Run], metrics: list[str]) -> tuple[dict[str, Any], str]:
         shown = [name for name in metrics if all(name in x for x in found)]
         lines += [f"| {data} | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
         for variant, seeds in variants.items():
-            cells = [summarise([x["metrics"][m] for x in seeds.values()]) for m in shown]
+            cells = [summarize([x["metrics"][m] for x in seeds.values()]) for m in shown]
             lines.append(f"| {variant} | {len(seeds)} | {' | '.join(cells)} |")
         lines += ["", *_stage_table(data, variants)]
     return results, "\n".join(lines)
@@ -209,7 +209,7 @@ def _stage_table(data: str, variants: dict[str, Any]) -> list[str]:
     header = " | ".join(f"stage {s + 1}" for s in range(depth))
     lines = [f"| {data}, AP by stage | {header} |", "|---" * (depth + 1) + "|"]
     for variant, runs in staged.items():
-        cells = [summarise([x["AP"] for x in stage]) for stage in zip(*runs, strict=True)]
+        cells = [summarize([x["AP"] for x in stage]) for stage in zip(*runs, strict=True)]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return [*lines, ""]
 

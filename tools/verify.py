@@ -4,7 +4,7 @@
 DIR is a folder of suites (`sparse_rcnn/`, `iou_sparse_rcnn/`, `ota/`, `crowdhuman/`) or one suite.
 Each case is rebuilt with this library's modules, the published-format weights go through the
 checkpoint mapping, and every tensor is compared. One line a tensor: case, tensor, largest absolute
-error, tolerance, verdict. The exit status is 1 if anything fails or a case is not recognised.
+error, tolerance, verdict. The exit status is 1 if anything fails or a case is not recognized.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def verify_file(
                     f"{case}  {check.name}  max_abs_error {error:.2e}  tolerance {check.atol:.1e}"
                     f" + {check.rtol:.1e} * |expected|  {'ok' if good else 'FAIL'}"
                 )
-    except UnknownCase as complaint:
-        print(f"{case}  UNKNOWN CASE: {complaint}")
+    except UnknownCase as issue:
+        print(f"{case}  UNKNOWN CASE: {issue}")
         failed += 1
     except Exception as error:  # a broken case must not hide the others
         print(f"{case}  ERROR: {type(error).__name__}: {error}")

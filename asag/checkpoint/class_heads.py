@@ -1,8 +1,8 @@
-"""Fine-tuning on other classes: rows of the classifiers go where their class is.
+"""Fine-tuning on other classes: classifier rows are assigned by class name.
 
-A class that the weights know keeps what they learnt about it, whatever its number; a new one starts
-as in a fresh model. K classes of the data, R rows of a classifier: one a class, and one for
-background behind them where the loss is a softmax.
+A class that the weights know keeps its row, whatever its number; a new class starts as in a fresh
+model. K classes of the data, R rows of a classifier: one a class, and one for background behind
+them where the loss is a softmax.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class ClassTransfer:
         for row, name in enumerate(file_names):
             if name is not None:
                 exact.setdefault(name, row)
-                loose.setdefault(_normalised(name), row)
-        rows = [exact.get(x, loose.get(_normalised(x))) for x in data_names]
+                loose.setdefault(_normalized(name), row)
+        rows = [exact.get(x, loose.get(_normalized(x))) for x in data_names]
         return cls(tuple(data_names), tuple(file_names), tuple(rows))
 
     @property
@@ -121,7 +121,7 @@ class ClassTransfer:
         return f"{text}\n{lines}{more}"
 
 
-def _normalised(name: str) -> str:
+def _normalized(name: str) -> str:
     return " ".join(name.casefold().split())
 
 
@@ -144,7 +144,7 @@ def adopt_classes(
         Weights that fit the model, and what was done; None where there was nothing to do: no
         classifiers, the same classes, or an equal number without names.
     """
-    # Where the model has another number of classes than the data, shapes are left to complain.
+    # If the model has another number of classes than the data, the check of the shapes reports it.
     heads = [
         name
         for name in class_heads(state)

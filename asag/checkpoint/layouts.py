@@ -1,4 +1,4 @@
-"""The layouts that whole detectors are published in: recognised by their names, and converted."""
+"""The layouts that whole detectors are published in: recognized by their names, and converted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .transformers_detr import (
 OURS = "asag"
 TRANSFORMERS = "transformers-"
 
-_ROOMS = ("backbone.", "neck.", "proposal_generator.", "roi_heads.")
+_COMPONENTS = ("backbone.", "neck.", "proposal_generator.", "roi_heads.")
 
 LAYOUTS: dict[str, NameTable | PackedTable] = {
     "authors-sparse-rcnn": SPARSE_RCNN,
@@ -36,7 +36,7 @@ LAYOUTS: dict[str, NameTable | PackedTable] = {
     f"{TRANSFORMERS}detr-resnet": TRANSFORMERS_DETR_RESNET,
     f"{TRANSFORMERS}conditional-detr": TRANSFORMERS_CONDITIONAL_DETR,
     f"{TRANSFORMERS}conditional-detr-resnet": TRANSFORMERS_CONDITIONAL_DETR_RESNET,
-    OURS: NameTable(source="this library", rules=tuple((room, room) for room in _ROOMS)),
+    OURS: NameTable(source="this library", rules=tuple((name, name) for name in _COMPONENTS)),
 }
 """Name of a layout -> its table. Foreign ones come first: of a file that holds a backbone alone,
 nobody could say whose it is."""
@@ -50,7 +50,7 @@ class ConversionError(ValueError):
         self.names = tuple(names)
 
 
-def recognise(names: Iterable[str]) -> str | None:
+def recognize(names: Iterable[str]) -> str | None:
     """The layout that has a place for each of these names; None where there is none."""
     names = list(names)
     return next((layout for layout, table in LAYOUTS.items() if table.covers(names)), None)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .class_heads import adopt_classes, class_heads, coco_row_names
 from .detr import CLASSIFIER, PUBLISHED_COLUMNS, UNUSED_CATEGORIES, keep_used_classes
 from .download import local_file
-from .layouts import LAYOUTS, OURS, ConversionError, closest_layout, recognise
+from .layouts import LAYOUTS, OURS, ConversionError, closest_layout, recognize
 from .reading import UnreadableError, read_checkpoint
 from .report import BATCH_COUNTER, LoadedFile
 from .resnet import image_classifier_to_ours, is_image_classifier
@@ -62,7 +62,7 @@ def detector_layout(names: Iterable[str]) -> tuple[str | None, list[str]]:
     """The layout that has a place for most of these names, None if there is none; and the names
     that it has no place for."""
     names = list(names)
-    if layout := recognise(names):
+    if layout := recognize(names):
         return layout, []
     try:
         layout, strangers = closest_layout(names)

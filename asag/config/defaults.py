@@ -29,7 +29,7 @@ def get_asag_cfg() -> CN:
 
 
 def _add_input(cfg: CN) -> None:
-    # Colour order of the image tensors. All detectors here use torchvision's ImageNet weights: RGB.
+    # Color order of the image tensors. All detectors here use torchvision's ImageNet weights: RGB.
     cfg.INPUT.FORMAT = "RGB"
     # With INPUT.CROP.ENABLED, half of the training images take the path of DETR's augmentation:
     # resize the short side to one of PRE_RESIZE (pixels), crop INPUT.CROP.SIZE, then resize as the
@@ -135,7 +135,7 @@ def _add_decoder(cfg: CN) -> None:
     # weighted by the IoU of the queries' boxes), "iou" (the IoU matrix alone) or "none".
     d.SELF_ATTENTION = "msa"
     # SELF_ATTENTION "iou": divide each row of the IoU matrix by its sum.
-    d.IOU_ROW_NORMALISE = True
+    d.IOU_ROW_NORMALizE = True
     # Dynamic channel weighting: each query masks the channels of its box features anew for
     # classification and for regression, each with its own path to the predictors.
     d.DCW = False
@@ -156,7 +156,7 @@ def _add_transformer(cfg: CN) -> None:
     # The backbone's feature map that the encoder reads, and the number of its layers.
     cfg.MODEL.ENCODER.IN_FEATURE = "res5"
     cfg.MODEL.ENCODER.NUM_LAYERS = 6
-    # Reference point of each object query, from which box centres are offsets: "predicted" from the
+    # Reference point of each object query, from which box centers are offsets: "predicted" from the
     # query, "learned" as a parameter, "origin" (the middle of the image) or "none" (no offsets).
     cfg.MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS = "none"
     d = cfg.MODEL.DECODER
@@ -257,7 +257,7 @@ def _add_matching(cfg: CN) -> None:
     # "HungarianMatcher": one query an object. "OptimalTransportMatcher": as many as its predictions
     # deserve, see OT below.
     m.NAME = "HungarianMatcher"
-    # Weights of the matching cost: class, L1 of normalised boxes, negative GIoU.
+    # Weights of the matching cost: class, L1 of normalized boxes, negative GIoU.
     m.CLASS_COST = 2.0
     m.L1_COST = 5.0
     m.GIOU_COST = 2.0
@@ -289,7 +289,7 @@ def _add_matching(cfg: CN) -> None:
     c.SCORE_EXPONENT = 0.4
     c.IOU_EXPONENT = 0.6
     # Sums are divided by the number of "objects", or of "positives" of each stage.
-    c.NORMALISER = "objects"
+    c.NORMALizER = "objects"
     # A loss for every stage, or for the last one only.
     c.DEEP_SUPERVISION = True
 
@@ -352,7 +352,7 @@ def _add_solver(cfg: CN) -> None:
     # "linear" or "sqrt" scaling of BASE_LR.
     s.REFERENCE_BATCH = 16
     s.SCALE_LR = "none"
-    # Forward and backward passes that share one optimiser step; IMS_PER_BATCH counts their sum.
+    # Forward and backward passes that share one optimizer step; IMS_PER_BATCH counts their sum.
     s.ACCUMULATE_STEPS = 1
     # Exponential moving average of the weights, with which the evaluations and `model_best` then
     # work: decay a step, 0 to 1, and its warm-up. At step t = 0, 1, ... the decay is at most

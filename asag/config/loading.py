@@ -94,7 +94,7 @@ def _read_yaml(path: str) -> CN:
         return CN(content)
     except Exception as error:
         raise ValueError(
-            f"cannot read the configuration {path}: {error}. Mend the file: it is YAML, a line "
+            f"cannot read the configuration {path}: {error}. Fix the file: it is YAML, a line "
             "KEY: VALUE each, and _BASE_ names another one"
         ) from error
 

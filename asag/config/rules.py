@@ -215,7 +215,7 @@ INPUT_FORMATS = ("RGB", "BGR")
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Checks every number of a configuration, and the names that no room of this library checks.
+    """Checks every number of a configuration, and the names that no component checks.
 
     Raises:
         KeyError: the library's keys are not in the configuration.

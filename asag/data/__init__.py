@@ -9,7 +9,7 @@ from asag.data.coco_folder import (
 )
 from asag.data.coco_report import DatasetReport
 from asag.data.crowdhuman import register_crowdhuman
-from asag.data.errors import Complaint, DatasetError
+from asag.data.errors import DataIssue, DatasetError
 from asag.data.image_io import ImageReadError, read_image
 from asag.data.loader import SampleError, build_train_loader
 from asag.data.mapper import SparseDetectionMapper
@@ -17,7 +17,7 @@ from asag.data.shapes import ShapesSpec, register_shapes
 
 __all__ = [
     "CocoSplit",
-    "Complaint",
+    "DataIssue",
     "DatasetError",
     "DatasetReport",
     "ImageReadError",

@@ -18,7 +18,7 @@ from detectron2.structures import BoxMode
 from asag.data.coco_json import read_coco_table
 from asag.data.coco_report import DatasetReport, inspect_table
 from asag.data.coco_table import CocoTable
-from asag.data.errors import Complaint, DatasetError
+from asag.data.errors import DataIssue, DatasetError
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation")}
 LAYOUTS = """\
@@ -83,14 +83,14 @@ def register_coco_folder(
     splits = find_coco_splits(folder)
     if "train" not in splits:
         remedy = f"arrange it in one of these layouts, or name the files yourself:\n{LAYOUTS}"
-        raise DatasetError([Complaint(str(folder), "no training annotations found", remedy)])
+        raise DatasetError([DataIssue(str(folder), "no training annotations found", remedy)])
     if "val" not in splits and not evaluate_on_train:
         remedy = (
             "split the training file (`python -m asag.data.coco_split "
             f"{splits['train'].json_file}`), or ask for evaluation on the training images "
             "(--evaluate-on-train; in Python evaluate_on_train=True), which overstates accuracy"
         )
-        raise DatasetError([Complaint(str(folder), "no evaluation annotations found", remedy)])
+        raise DatasetError([DataIssue(str(folder), "no evaluation annotations found", remedy)])
     return register_coco_splits(
         name or _free_name(_name_of(folder)),
         train=splits["train"],
@@ -115,7 +115,7 @@ def register_coco_splits(
         output_dir: where cleaned copies go.
 
     Raises:
-        DatasetError: with every complaint about the files; nothing is registered then.
+        DatasetError: with every issue about the files; nothing is registered then.
     """
     found = {"train": train} | ({"val": val} if val is not None else {})
     names = {split: f"{name}_{split}" for split in found}
@@ -123,19 +123,19 @@ def register_coco_splits(
         if registered in DatasetCatalog and registered not in _registered_here:
             remedy = "pass another name (name=...)"
             problem = f"the name {registered!r} belongs to another registered data set"
-            raise DatasetError([Complaint(str(train.json_file), problem, remedy)])
+            raise DatasetError([DataIssue(str(train.json_file), problem, remedy)])
 
     tables: dict[str, CocoTable] = {}
-    complaints: list[Complaint] = []
+    issues: list[DataIssue] = []
     for split, files in found.items():
         try:
             tables[split] = read_coco_table(files.json_file, files.image_roots)
         except DatasetError as error:
-            complaints += error.complaints
-    if not complaints and "val" in tables:
-        tables["val"], complaints = _with_classes_of(tables["train"], tables["val"])
-    if complaints:
-        raise DatasetError(complaints)
+            issues += error.issues
+    if not issues and "val" in tables:
+        tables["val"], issues = _with_classes_of(tables["train"], tables["val"])
+    if issues:
+        raise DatasetError(issues)
 
     reports = []
     for split, table in tables.items():
@@ -160,7 +160,7 @@ def find_coco_splits(folder: str | Path) -> dict[str, CocoSplit]:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise DatasetError([Complaint(str(folder), "no such folder", "check the path")])
+        raise DatasetError([DataIssue(str(folder), "no such folder", "check the path")])
     splits = {}
     for split, aliases in SPLIT_FOLDERS.items():
         candidates = _annotation_files(folder, aliases)
@@ -168,7 +168,7 @@ def find_coco_splits(folder: str | Path) -> dict[str, CocoSplit]:
             found = ", ".join(str(c.relative_to(folder)) for c in candidates)
             problem = f"several files could be the {split} annotations: {found}"
             remedy = "keep one of them, or name the annotation file and image folder yourself"
-            raise DatasetError([Complaint(str(folder), problem, remedy)])
+            raise DatasetError([DataIssue(str(folder), problem, remedy)])
         if candidates:
             splits[split] = CocoSplit(candidates[0], _image_roots(folder, candidates[0], aliases))
     return splits
@@ -272,7 +272,7 @@ def _image_roots(folder: Path, json_file: Path, aliases: tuple[str, ...]) -> tup
     return tuple(dict.fromkeys(root for root in roots if root.is_dir()))
 
 
-def _with_classes_of(train: CocoTable, val: CocoTable) -> tuple[CocoTable, list[Complaint]]:
+def _with_classes_of(train: CocoTable, val: CocoTable) -> tuple[CocoTable, list[DataIssue]]:
     """The evaluation table with the training table's class order and ids, matched by name."""
     if (train.class_names, train.category_ids) == (val.class_names, val.category_ids):
         return val, []
@@ -282,13 +282,13 @@ def _with_classes_of(train: CocoTable, val: CocoTable) -> tuple[CocoTable, list[
         parts = [f"lacks {lacking}"] * bool(lacking) + [f"adds {extra}"] * bool(extra)
         problem = f"its classes differ from {train.json_file.name}'s: it {' and '.join(parts)}"
         remedy = "declare the same category names in both files (a class may have no boxes)"
-        return val, [Complaint(str(val.json_file), problem, remedy)]
+        return val, [DataIssue(str(val.json_file), problem, remedy)]
     new_label = np.array([train.class_names.index(name) for name in val.class_names])
-    relabelled = replace(
+    relabeled = replace(
         val,
         class_names=train.class_names,
         category_ids=train.category_ids,
         box_class=new_label[val.box_class],
         repairs=(*val.repairs, "category ids or their order differ from the training file's"),
     )
-    return relabelled, []
+    return relabeled, []

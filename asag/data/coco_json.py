@@ -3,7 +3,7 @@
 Letters: I images, A annotations, K classes.
 
 A COCO file is a JSON object with the lists `images`, `annotations` and `categories`. All that is
-wrong with a file is gathered before the reader stops, so that one run names everything to mend.
+wrong with a file is gathered before the reader stops, so that one run names everything to fix.
 """
 
 import json
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from asag.data.coco_table import CocoTable
-from asag.data.errors import Complaint, DatasetError
+from asag.data.errors import DataIssue, DatasetError
 
 MAX_INT = 2**1000  # beyond about 2^1023 JSON's whole numbers are no floats
-MAX_LISTED_PER_KIND = 5  # entries named for one kind of complaint; the rest is counted
+MAX_LISTED_PER_KIND = 5  # entries named for one kind of issue; the rest is counted
 
 
 def load_json(path: Path) -> Any:
@@ -43,7 +43,7 @@ def load_json(path: Path) -> Any:
         remedy = "export it again as UTF-8 JSON"
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
         problem, remedy = f"not a COCO file: {error}", "export or download it again"
-    raise DatasetError([Complaint(str(path), problem, remedy)])
+    raise DatasetError([DataIssue(str(path), problem, remedy)])
 
 
 def read_coco_table(json_file: Path, image_roots: Sequence[Path]) -> CocoTable:
@@ -117,33 +117,33 @@ def _is_text(value: str) -> bool:
 
 
 class _Reader:
-    """Checks the parts of one file and gathers complaints, so that one run names all of them."""
+    """Checks the parts of one file and gathers issues, so that one run names all of them."""
 
     def __init__(self, json_file: Path) -> None:
         self.json_file = json_file
-        self.complaints: list[Complaint] = []
+        self.issues: list[DataIssue] = []
         self.repairs: list[str] = []
 
-    def complain(self, problem: str, remedy: str) -> None:
-        self.complaints.append(Complaint(str(self.json_file), problem, remedy))
+    def report(self, problem: str, remedy: str) -> None:
+        self.issues.append(DataIssue(str(self.json_file), problem, remedy))
 
-    def complain_each(self, problems: list[str], remedy: str) -> None:
-        """Complain of the first few of a kind and count the rest."""
+    def report_each(self, problems: list[str], remedy: str) -> None:
+        """Report the first few of a kind and count the rest."""
         for problem in problems[:MAX_LISTED_PER_KIND]:
-            self.complain(problem, remedy)
+            self.report(problem, remedy)
         if len(problems) > MAX_LISTED_PER_KIND:
             rest = len(problems) - MAX_LISTED_PER_KIND
-            self.complain(f"{rest} more entries like the one above", remedy)
+            self.report(f"{rest} more entries like the one above", remedy)
 
     def stop_if_wrong(self) -> None:
-        if self.complaints:
-            raise DatasetError(self.complaints)
+        if self.issues:
+            raise DatasetError(self.issues)
 
     def sections(self) -> tuple[list[dict], list[dict], list[dict]]:
         data = load_json(self.json_file)
         remedy = "a COCO file is an object with the lists images, annotations and categories"
         if not isinstance(data, dict):
-            self.complain(f"holds a {type(data).__name__}, not an object", remedy)
+            self.report(f"holds a {type(data).__name__}, not an object", remedy)
             self.stop_if_wrong()
         if "info" not in data:
             self.repairs.append("no `info`")
@@ -152,12 +152,12 @@ class _Reader:
             section = data.get(key)
             if not isinstance(section, list):
                 state = "is missing" if key not in data else "is not a list"
-                self.complain(f"key {key!r} {state}", remedy)
+                self.report(f"key {key!r} {state}", remedy)
             else:
                 wrong = [i for i, entry in enumerate(section) if not isinstance(entry, dict)]
-                self.complain_each([f"{key}[{i}] is not an object" for i in wrong], remedy)
+                self.report_each([f"{key}[{i}] is not an object" for i in wrong], remedy)
                 if not section and key != "annotations":
-                    self.complain(f"{key!r} is empty", f"add {key} or choose another file")
+                    self.report(f"{key!r} is empty", f"add {key} or choose another file")
             sections.append(section)
         self.stop_if_wrong()
         return tuple(sections)
@@ -165,20 +165,20 @@ class _Reader:
     def column(
         self, section: str, entries: list[dict], key: str, types: tuple[type, ...], expected: str
     ) -> list:
-        """The values of one key; complains of entries that lack it or hold something else."""
+        """The values of one key; reports entries that lack it or hold something else."""
         values = [entry.get(key) for entry in entries]
         wrong = [i for i, value in enumerate(values) if type(value) not in types]
         problems = []
         for i in wrong:
             state = f"= {values[i]!r}" if key in entries[i] else "is missing"
             problems.append(f"{_describe(section, i, entries[i])}: {key!r} {state}")
-        self.complain_each(problems, f"every entry of {section} needs {key!r}: {expected}")
+        self.report_each(problems, f"every entry of {section} needs {key!r}: {expected}")
         return values
 
     def unique(self, what: str, values: list, remedy: str) -> None:
         counts = Counter(value for value in values if type(value) in (int, str))
         twice = [value for value, count in counts.items() if count > 1]
-        self.complain_each([f"{what} {value!r} is used more than once" for value in twice], remedy)
+        self.report_each([f"{what} {value!r} is used more than once" for value in twice], remedy)
 
     def image_sizes(self, images: list[dict]) -> np.ndarray:
         """(I, 2) height and width; 0 where neither is written."""
@@ -197,7 +197,7 @@ class _Reader:
             if sizes[row].min() < 1:
                 where = _describe("images", row, image)
                 problems.append(f"{where}: height = {height!r}, width = {width!r}")
-        self.complain_each(problems, "write the size in pixels, or leave both keys out")
+        self.report_each(problems, "write the size in pixels, or leave both keys out")
         if (sizes == 0).any():
             self.repairs.append("images without a size")
         return sizes
@@ -206,26 +206,26 @@ class _Reader:
         self, categories: list[dict], annotations: list[dict]
     ) -> tuple[tuple[str, ...], tuple[int, ...], dict[int, int]]:
         """Class names and category ids by rising id, and the class index of every category id."""
-        complaints_before = len(self.complaints)
+        issues_before = len(self.issues)
         ids = self.column("categories", categories, "id", (int,), "a whole number")
         names = self.column("categories", categories, "name", (str,), "text")
         self.column("annotations", annotations, "category_id", (int, float), "a category's id")
         unprintable = [name for name in names if isinstance(name, str) and not _is_text(name)]
-        self.complain_each(
+        self.report_each(
             [f"category name {name!r} is not a valid text" for name in unprintable], "rename it"
         )
-        if len(self.complaints) > complaints_before:
-            return (), (), {}  # the checks below would only echo these complaints
+        if len(self.issues) > issues_before:
+            return (), (), {}  # the checks below would only echo these issues
         self.unique("category id", ids, "give every category its own id")
         counts = Counter(a["category_id"] for a in annotations)
         declared = set(ids)
-        self.complain_each(
+        self.report_each(
             [
                 f"{n} annotation(s) use category id {i!r}, which `categories` does not declare"
                 for i, n in counts.items()
                 if i not in declared
             ],
-            f"add it to `categories` (declared ids: {sorted(ids)[:10]}) or mend the annotations",
+            f"add it to `categories` (declared ids: {sorted(ids)[:10]}) or fix the annotations",
         )
         kept = self._without_umbrellas(sorted(zip(ids, names, strict=True)), counts)
         return (
@@ -245,7 +245,7 @@ class _Reader:
         for name, ids in ids_of_name.items():
             used = [i for i in ids if counts[i]] or ids[:1]
             if len(used) > 1:
-                self.complain(
+                self.report(
                     f"category name {name!r} stands for ids {used}, all with annotations",
                     "rename one of them or merge their annotations",
                 )
@@ -255,7 +255,7 @@ class _Reader:
         return [(i, name) for i, name in categories if i not in dropped]
 
     def boxes(self, annotations: list[dict]) -> np.ndarray:
-        """(A, 4) float64; complains of anything that is not four numbers."""
+        """(A, 4) float64; reports anything that is not four numbers."""
         values = [annotation.get("bbox") for annotation in annotations]
         if not values:
             return np.zeros((0, 4))
@@ -279,7 +279,7 @@ class _Reader:
             written = reprlib.repr(values[i])
             state = f"= {written}" if "bbox" in annotations[i] else "is missing"
             problems.append(f"{_describe('annotations', i, annotations[i])}: 'bbox' {state}")
-        self.complain_each(problems, "write it as four numbers, [x, y, width, height] in pixels")
+        self.report_each(problems, "write it as four numbers, [x, y, width, height] in pixels")
         if wrong:
             return np.zeros((len(values), 4))
         return np.array(values, dtype=np.float64)
@@ -300,7 +300,7 @@ class _Reader:
         return np.where(known, written, product)
 
     def crowd(self, annotations: list[dict]) -> np.ndarray:
-        """(A,) bool; complains of anything but 0, 1, true and false."""
+        """(A,) bool; reports anything but 0, 1, true and false."""
         flags = [annotation.get("iscrowd") for annotation in annotations]
         unsaid = sum(flag is None for flag in flags)
         if unsaid:
@@ -310,7 +310,7 @@ class _Reader:
             f"{_describe('annotations', i, annotations[i])}: 'iscrowd' = {flags[i]!r}"
             for i in wrong
         ]
-        self.complain_each(problems, "write 1 for a region to ignore, else 0")
+        self.report_each(problems, "write 1 for a region to ignore, else 0")
         return np.array([_is_flag(flag) and bool(flag) for flag in flags], dtype=bool)
 
     def annotation_ids(self, annotations: list[dict]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What is in a data set, what was mended, and whether it can be trained on.
+"""What is in a data set, what was repaired, and whether it can be trained on.
 
 Letters: I images, A annotations, K classes.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from asag.data.coco_table import CocoTable, missing_files
-from asag.data.errors import Complaint, DatasetError
+from asag.data.errors import DataIssue, DatasetError
 from asag.data.image_io import ImageReadError, open_image
 
 SMALL_AREA = 32**2  # COCO's limits between small, medium and large objects, square pixels
@@ -64,7 +64,7 @@ class DatasetReport:
 
     @property
     def warnings(self) -> list[str]:
-        """Sentences about everything that was dropped, mended or looks odd; empty if nothing is."""
+        """Sentences about everything that was dropped, repaired or looks odd."""
         notes = [
             (self.missing_files, "image file(s) do not exist; these images are dropped"),
             (self.invalid_boxes, "box(es) without a positive, finite size are dropped"),
@@ -157,7 +157,7 @@ def inspect_table(table: CocoTable, name: str) -> tuple[DatasetReport, CocoTable
     if not (~usable.iscrowd).any():
         raise DatasetError(
             [
-                Complaint(
+                DataIssue(
                     str(table.json_file),
                     f"no usable box among {len(table.boxes_xywh)} annotations",
                     "choose the file that holds the boxes; they need a positive width and height",
@@ -192,7 +192,7 @@ def _check_files(table: CocoTable, absent: np.ndarray) -> None:
     first = table.file_names[int(absent.argmax())]
     raise DatasetError(
         [
-            Complaint(
+            DataIssue(
                 str(table.json_file),
                 f"{np.count_nonzero(absent)} of {len(absent)} image files are not in "
                 f"{table.image_root} (first: {first})",
@@ -205,15 +205,15 @@ def _check_files(table: CocoTable, absent: np.ndarray) -> None:
 def _with_sizes(table: CocoTable, present: np.ndarray) -> CocoTable:
     """Fill in the sizes that the file leaves out, from the images (EXIF orientation applied)."""
     sizes = table.image_hw.copy()
-    complaints = []
+    issues = []
     for row in np.flatnonzero(present & (sizes == 0).any(axis=1)):
         path = table.image_root / table.file_names[row]
         try:
             sizes[row] = open_image(str(path)).size[::-1]
         except ImageReadError as error:
             remedy = "replace the image, or take its entry out of the file"
-            complaints.append(Complaint(str(path), str(error), remedy))
-    if complaints:
-        raise DatasetError(complaints)
+            issues.append(DataIssue(str(path), str(error), remedy))
+    if issues:
+        raise DatasetError(issues)
     # Images without a file keep 0 and are dropped with it.
     return replace(table, image_hw=sizes)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from asag.data.coco_json import load_json, read_coco_table
-from asag.data.errors import Complaint, DatasetError
+from asag.data.errors import DataIssue, DatasetError
 
 
 def split_coco_json(
@@ -39,13 +39,13 @@ def split_coco_json(
     for target in (train_json, val_json):
         if target.exists():
             raise FileExistsError(f"{target} exists: remove it or choose another folder")
-    read_coco_table(source, (source.parent,))  # complains in detail about a broken source
+    read_coco_table(source, (source.parent,))  # reports a broken source
     data = load_json(source)
     images = data["images"]
     num_val = round(len(images) * val_fraction)
     if num_val in (0, len(images)):
         problem = f"{len(images)} image(s) cannot be split with val_fraction = {val_fraction}"
-        raise DatasetError([Complaint(str(source), problem, "add images or change the fraction")])
+        raise DatasetError([DataIssue(str(source), problem, "add images or change the fraction")])
 
     is_val = np.zeros(len(images), dtype=bool)
     is_val[np.random.default_rng(seed).permutation(len(images))[:num_val]] = True

@@ -26,7 +26,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from asag.data.errors import Complaint, DatasetError
+from asag.data.errors import DataIssue, DatasetError
 from asag.files import atomic_writer
 
 PERSON = "person"
@@ -134,25 +134,25 @@ def load_crowdhuman(
 
 
 def _read_odgt(path: Path) -> list[tuple[str, list[dict[str, Any]]]]:
-    """ID and annotations of every line; complains about all broken lines at once."""
+    """ID and annotations of every line; reports all broken lines at once."""
     records: list[tuple[str, list[dict[str, Any]]]] = []
     first_line: dict[str, int] = {}
-    complaints: list[Complaint] = []
+    issues: list[DataIssue] = []
     for number, line in _numbered_lines(path):
         try:
             image_id, annotations = _parse_line(line)
             if image_id in first_line:
                 raise ValueError(f"ID {image_id!r} is already on line {first_line[image_id]}")
         except ValueError as error:
-            remedy = f"mend or remove the line, or replace the file: {_DOWNLOAD}"
-            complaints.append(Complaint(f"{path}:{number}", str(error), remedy))
+            remedy = f"fix or remove the line, or replace the file: {_DOWNLOAD}"
+            issues.append(DataIssue(f"{path}:{number}", str(error), remedy))
             continue
         first_line[image_id] = number
         records.append((image_id, annotations))
-    if not records and not complaints:
-        complaints.append(Complaint(str(path), "the file is empty", _DOWNLOAD))
-    if complaints:
-        raise DatasetError(complaints)
+    if not records and not issues:
+        issues.append(DataIssue(str(path), "the file is empty", _DOWNLOAD))
+    if issues:
+        raise DatasetError(issues)
     degenerate = sum(min(a["bbox"][2:]) <= 0 for _, found in records for a in found)
     if degenerate:
         logger.warning(
@@ -173,8 +173,8 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     yield number, line
     except OSError as error:
         remedy = f"{_DOWNLOAD}, or set DETECTRON2_DATASETS to the folder that holds `crowdhuman`"
-        complaint = Complaint(str(path), f"cannot be read ({error.strerror})", remedy)
-        raise DatasetError([complaint]) from error
+        issue = DataIssue(str(path), f"cannot be read ({error.strerror})", remedy)
+        raise DatasetError([issue]) from error
 
 
 def _parse_line(line: bytes) -> tuple[str, list[dict[str, Any]]]:
@@ -229,20 +229,20 @@ def _image_sizes(
     cached = _read_cache(cache_file)
     with ThreadPoolExecutor(_READERS) as pool:
         found = list(pool.map(lambda path: _image_entry(path, cached.get(path.name)), paths))
-    complaints = [entry for entry in found if isinstance(entry, Complaint)]
-    if complaints:
-        if len(complaints) == len(paths):  # one cause, one complaint
-            problem = f"none of the {len(paths)} images can be read, first: {complaints[0].problem}"
+    issues = [entry for entry in found if isinstance(entry, DataIssue)]
+    if issues:
+        if len(issues) == len(paths):  # one cause, one issue
+            problem = f"none of the {len(paths)} images can be read, first: {issues[0].problem}"
             remedy = f"unpack the archives of images into this folder; {_DOWNLOAD}"
-            complaints = [Complaint(str(image_root), problem, remedy)]
-        raise DatasetError(complaints)
+            issues = [DataIssue(str(image_root), problem, remedy)]
+        raise DatasetError(issues)
     entries = {path.name: entry for path, entry in zip(paths, found, strict=True)}
     if entries != cached:
         _write_cache(cache_file, entries)
     return [(width, height) for width, height, *_ in found]
 
 
-def _image_entry(path: Path, cached: list[int] | None) -> list[int] | Complaint:
+def _image_entry(path: Path, cached: list[int] | None) -> list[int] | DataIssue:
     """[width, height, bytes, modification time in ns] of an image file, or what is wrong with it.
 
     Width and height are those of the image as it is loaded, turned upright by its EXIF orientation.
@@ -260,9 +260,9 @@ def _image_entry(path: Path, cached: list[int] | None) -> list[int] | Complaint:
                     width, height = height, width
     except FileNotFoundError:
         remedy = f"unpack all archives of images into {path.parent}; {_DOWNLOAD}"
-        return Complaint(str(path), "no such image, but the annotation file lists it", remedy)
+        return DataIssue(str(path), "no such image, but the annotation file lists it", remedy)
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error
-        return Complaint(str(path), f"not a readable image ({error})", f"replace it: {_DOWNLOAD}")
+        return DataIssue(str(path), f"not a readable image ({error})", f"replace it: {_DOWNLOAD}")
     return [width, height, *stamp]
 
 

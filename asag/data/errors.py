@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MAX_LISTED = 20  # complaints printed in full; the rest is counted
+MAX_LISTED = 20  # issues printed in full; the rest is counted
 
 
 @dataclass(frozen=True)
-class Complaint:
+class DataIssue:
     """One reason why a data set cannot be used.
 
     Attributes:
@@ -25,14 +25,14 @@ class Complaint:
 
 
 class DatasetError(ValueError):
-    """A data set that cannot be trained or evaluated on; `complaints` lists every reason found."""
+    """A data set that cannot be trained or evaluated on; `issues` lists every reason found."""
 
-    def __init__(self, complaints: Sequence[Complaint]) -> None:
-        self.complaints = list(complaints)
-        super().__init__(self.complaints)
+    def __init__(self, issues: Sequence[DataIssue]) -> None:
+        self.issues = list(issues)
+        super().__init__(self.issues)
 
     def __str__(self) -> str:
-        shown = [f"  {i}. {c}" for i, c in enumerate(self.complaints[:MAX_LISTED], start=1)]
-        if len(self.complaints) > MAX_LISTED:
-            shown.append(f"  ... and {len(self.complaints) - MAX_LISTED} more")
+        shown = [f"  {i}. {c}" for i, c in enumerate(self.issues[:MAX_LISTED], start=1)]
+        if len(self.issues) > MAX_LISTED:
+            shown.append(f"  ... and {len(self.issues) - MAX_LISTED} more")
         return "the data set cannot be used:\n" + "\n".join(shown)

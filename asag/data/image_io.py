@@ -17,7 +17,7 @@ class ImageReadError(OSError):
 def open_image(path: str) -> Image.Image:
     """Decode a file into an upright picture of 8 bits a channel.
 
-    EXIF orientation is applied. 16-bit grey values are scaled to 8 bits (65535 becomes 255), where
+    EXIF orientation is applied. 16-bit gray values are scaled to 8 bits (65535 becomes 255), where
     Pillow alone would cut everything above 255 to white.
 
     Raises:
@@ -41,13 +41,13 @@ def open_image(path: str) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """A decoded picture as `open_image` gives it: EXIF orientation applied, 16-bit grey scaled."""
+    """A decoded picture as `open_image` gives it: EXIF orientation applied, 16-bit gray scaled."""
     # A broken EXIF block says nothing about orientation; the pixels are fine.
     with contextlib.suppress(Exception):
         image = ImageOps.exif_transpose(image)
     if image.mode in SIXTEEN_BIT_MODES:
-        grey = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        gray = np.clip(np.asarray(image, dtype=np.int64), 0, 65535)
+        image = Image.fromarray(((gray + 128) // 257).astype(np.uint8))
     return image
 
 

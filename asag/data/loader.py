@@ -52,7 +52,7 @@ class PositionedDataset(Dataset):
     def __init__(
         self, dataset_dicts: Sequence[Sample], mapper: Callable[[Sample], Sample], *, seed: int
     ) -> None:
-        # Serialised: workers that count references of Python objects would copy all of them.
+        # Serialized: workers that count references of Python objects would copy all of them.
         self._dicts = DatasetFromList(list(dataset_dicts), copy=False)
         self._mapper = mapper
         self._seed = seed

@@ -4,7 +4,7 @@ Every image is a pure function of (spec, split, index): the same pixels and the 
 bytes on every run. It is made on first use below `$DETECTRON2_DATASETS/shapes` (default
 `./datasets/shapes`).
 
-`shapes_train`, `shapes_val`: five classes told apart by outline only; colour, texture, size,
+`shapes_train`, `shapes_val`: five classes told apart by outline only; color, texture, size,
 rotation and stretch carry no information. `shapes_crowd_train`, `shapes_crowd_val`: heaps of
 overlapping discs of one class, with regions of tiny discs to ignore (`iscrowd`).
 """

@@ -26,7 +26,7 @@ def _star(angle: np.ndarray) -> np.ndarray:
     )
 
 
-# Outer radius of each shape around its centre, as a function of the angle; 1 at the farthest point.
+# Outer radius of each shape around its center, as a function of the angle; 1 at the farthest point.
 OUTLINES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "circle": np.ones_like,
     "square": _polygon(4),
@@ -94,13 +94,13 @@ def draw_scene(
     """Draw one image; see `shapes.ShapesSpec` for the values."""
     pixels = _background(rng, height, width)
     count = int(rng.integers(objects[0], objects[1] + 1))
-    centres = _centres(rng, count, height, width, heaps)
+    centers = _centers(rng, count, height, width, heaps)
     diameters = np.exp(rng.uniform(*np.log(sizes), size=count)) * min(height, width)
 
     tiny = _tiny_heap(rng, height, width, class_names) if ignore_region and count else []
     front_to_back = tiny + [
-        _shape(rng, class_names, centre, diameter, height, width)
-        for centre, diameter in zip(centres, diameters, strict=True)
+        _shape(rng, class_names, center, diameter, height, width)
+        for center, diameter in zip(centers, diameters, strict=True)
     ]
     kept = _visible_enough(front_to_back, min_visible, height, width)
     for thing in reversed(kept):
@@ -122,7 +122,7 @@ def draw_scene(
 
 
 def _smooth_noise(rng: np.random.Generator, cells: int, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) noise in [-1, 1], linear between a coarse grid of random colours."""
+    """(H, W, 3) noise in [-1, 1], linear between a coarse grid of random colors."""
     grid = rng.uniform(-1.0, 1.0, size=(cells + 1, cells + 1, 3))
     y, x = np.linspace(0, cells, height), np.linspace(0, cells, width)
     y0, x0 = np.minimum(y.astype(int), cells - 1), np.minimum(x.astype(int), cells - 1)
@@ -132,7 +132,7 @@ def _smooth_noise(rng: np.random.Generator, cells: int, height: int, width: int)
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) float: blotches of two scales and a faint grating, around a random colour."""
+    """(H, W, 3) float: blotches of two scales and a faint grating, around a random color."""
     pixels = rng.uniform(50, 205, size=3) + 35 * _smooth_noise(rng, 3, height, width)
     pixels += rng.uniform(5, 25) * _smooth_noise(rng, int(rng.integers(8, 24)), height, width)
     angle, period = rng.uniform(0, np.pi), rng.uniform(5, 30)
@@ -141,23 +141,23 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
     return pixels + rng.uniform(0, 12) * np.sin(phase)[..., None]
 
 
-def _centres(
+def _centers(
     rng: np.random.Generator, count: int, height: int, width: int, heaps: int
 ) -> np.ndarray:
     """(count, 2) x, y within the image."""
     extent = np.array([width, height], dtype=np.float64)
-    centres = rng.uniform(0.04, 0.96, size=(count, 2)) * extent
+    centers = rng.uniform(0.04, 0.96, size=(count, 2)) * extent
     if heaps:
         middles = rng.uniform(0.2, 0.8, size=(int(rng.integers(1, heaps + 1)), 2)) * extent
         chosen = rng.integers(0, len(middles), size=count)
-        centres = middles[chosen] + rng.normal(size=(count, 2)) * 0.16 * extent
-    return np.clip(centres, 0.03 * extent, 0.97 * extent)
+        centers = middles[chosen] + rng.normal(size=(count, 2)) * 0.16 * extent
+    return np.clip(centers, 0.03 * extent, 0.97 * extent)
 
 
 def _shape(
     rng: np.random.Generator,
     class_names: tuple[str, ...],
-    centre: np.ndarray,
+    center: np.ndarray,
     diameter: float,
     height: int,
     width: int,
@@ -169,11 +169,11 @@ def _shape(
     tilt = rng.uniform(0, np.pi)
     radius = max(diameter / 2, 3.0)
     reach = int(np.ceil(radius * 1.3)) + 1
-    x, y = int(centre[0]), int(centre[1])
+    x, y = int(center[0]), int(center[1])
     rows = slice(max(0, y - reach), min(height, y + reach + 1))
     cols = slice(max(0, x - reach), min(width, x + reach + 1))
-    dy = np.arange(rows.start, rows.stop)[:, None] - centre[1]
-    dx = np.arange(cols.start, cols.stop)[None, :] - centre[0]
+    dy = np.arange(rows.start, rows.stop)[:, None] - center[1]
+    dx = np.arange(cols.start, cols.stop)[None, :] - center[0]
     # Stretch along a tilted axis, then look up the outline in polar coordinates.
     u = (dx * np.cos(tilt) + dy * np.sin(tilt)) / stretch
     v = (dy * np.cos(tilt) - dx * np.sin(tilt)) * stretch
@@ -201,19 +201,19 @@ def _visible_enough(
 
 
 def _paint(rng: np.random.Generator, pixels: np.ndarray, thing: _Object) -> None:
-    """Blend an object in: a colour apart from the ground below, some shading, an edge line."""
+    """Blend an object in: a color apart from the ground below, some shading, an edge line."""
     window = pixels[thing.rows, thing.cols]
     ground = window.mean(axis=(0, 1))
-    colours = rng.uniform(0, 255, size=(8, 3))
-    colour = colours[np.abs(colours - ground).sum(axis=1) > 120][:1]
-    colour = colour[0] if len(colour) else 255 - ground
+    colors = rng.uniform(0, 255, size=(8, 3))
+    color = colors[np.abs(colors - ground).sum(axis=1) > 120][:1]
+    color = color[0] if len(color) else 255 - ground
     ys, xs = np.mgrid[: window.shape[0], : window.shape[1]]
     angle, period = rng.uniform(0, np.pi), rng.uniform(4, 20)
     along = xs * np.cos(angle) + ys * np.sin(angle)
     shade = rng.uniform(0, 30) * np.sin(along * (2 * np.pi / period))
     shade = shade + rng.uniform(-40, 40) * (along / max(along.max(), 1.0) - 0.5)
     rim = (thing.cover > 0) & (thing.cover < 1)
-    fill = colour + shade[..., None] - rng.uniform(0, 70) * rim[..., None]
+    fill = color + shade[..., None] - rng.uniform(0, 70) * rim[..., None]
     window += thing.cover[..., None] * (fill - window)
 
 
@@ -223,9 +223,9 @@ def _tiny_heap(
     """A dense group of shapes too small to be annotated one by one."""
     extent = np.array([width, height], dtype=np.float64)
     middle = rng.uniform(0.15, 0.85, size=2) * extent
-    centres = middle + rng.uniform(-12, 12, size=(int(rng.integers(12, 25)), 2))
-    centres = np.clip(centres, 4, extent - 5)
-    tiny = [_shape(rng, class_names, centre, 6.0, height, width) for centre in centres]
+    centers = middle + rng.uniform(-12, 12, size=(int(rng.integers(12, 25)), 2))
+    centers = np.clip(centers, 4, extent - 5)
+    tiny = [_shape(rng, class_names, center, 6.0, height, width) for center in centers]
     return [replace(thing, in_heap=True) for thing in tiny]
 
 

@@ -43,7 +43,7 @@ class OverfitResult:
 
     Attributes:
         passed: whether AP50 on the batch reached `ENOUGH`.
-        steps: optimiser steps that were taken.
+        steps: optimizer steps that were taken.
         ap50: of the detections on the batch, 0 to 1.
         first, last: name -> loss in the first and in the last step.
         findings: what failed; empty if nothing did.
@@ -83,7 +83,7 @@ def check_overfit(
     objects in it.
 
     Args:
-        cfg: SOLVER.* of the optimiser; BASE_LR as it stands. See `overfit_config`.
+        cfg: SOLVER.* of the optimizer; BASE_LR as it stands. See `overfit_config`.
         model: the detector with its initial weights; it is trained.
         samples: the batch, see `overfit_samples`.
         steps: most steps to take.
@@ -116,7 +116,7 @@ def check_overfit(
             return OverfitResult(True, done, ap50, first, last)
     after = [p for p in model.parameters() if p.requires_grad]
     moved = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    findings = [] if moved else [Finding("optimiser", "not a single weight has changed")]
+    findings = [] if moved else [Finding("optimizer", "not a single weight has changed")]
     findings += [*doubts, *model_findings(model, samples, first)]
     return OverfitResult(False, done, ap50, first, last, tuple(findings))
 
@@ -152,7 +152,7 @@ def run_check(cfg: CfgNode, recipe: CfgNode, *, steps: int = STEPS) -> int:
     """`train_net.py --overfit-check`: one batch of DATASETS.TRAIN, from MODEL.WEIGHTS on.
 
     Returns:
-        Exit code: 0 if the batch was learnt, 1 if not.
+        Exit code: 0 if the batch was learned, 1 if not.
     """
     dicts = datasets.load_train_dicts(cfg)
     datasets.check_classes(cfg)
@@ -199,4 +199,4 @@ def detected_ap50(model: nn.Module, samples: Sequence[Sample]) -> float:
 
 
 def _diverged(what: str) -> Finding:
-    return Finding("optimiser", f"the training diverged ({what}); lower SOLVER.BASE_LR")
+    return Finding("optimizer", f"the training diverged ({what}); lower SOLVER.BASE_LR")

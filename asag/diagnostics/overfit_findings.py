@@ -20,7 +20,7 @@ from ..evaluation.coco import evaluate_boxes
 from ..modeling.layers.boxes import box_iou
 from ..structures import Predictions, Targets
 
-ENOUGH = 0.9  # AP50 of a batch that was learnt
+ENOUGH = 0.9  # AP50 of a batch that was learned
 GENERATOR_FALL = 0.7  # the generator's own losses must fall below this share of their start
 
 Sample = dict[str, Any]
@@ -43,7 +43,7 @@ def data_findings(samples: Sequence[Sample]) -> list[Finding]:
     for i, sample in enumerate(samples):
         name = sample.get("file_name", f"image {i}")
         if sample["image"].float().std() == 0:
-            findings.append(Finding("data", f"{name} is of one colour"))
+            findings.append(Finding("data", f"{name} is of one color"))
         boxes = [(*b, c) for b, c in zip(*truth_of(sample)[:2], strict=True)]
         places = {tuple(float(x) for x in box[:4]) for box in boxes}
         if len(places) < len(boxes):
@@ -85,7 +85,7 @@ class _Inside:
     """What came out of the last stage, and what the matcher made of it.
 
     Attributes:
-        truth: of each image.
+        ground truth: of each image.
         objects: in all of them.
         boxes_xyxy: (B, N, 4) predicted, pixels.
         scores: (B, N, K) predicted, 0 to 1.
@@ -97,7 +97,7 @@ class _Inside:
         generator_losses: the proposal generator's own.
     """
 
-    truth: list[Boxes]
+    gt: list[Boxes]
     objects: int
     boxes_xyxy: Tensor
     scores: Tensor
@@ -127,7 +127,7 @@ def _look_inside(model: nn.Module, samples: Sequence[Sample]) -> _Inside:
     logits = last.logits[0]
     with_background = logits.shape[-1] > model.num_classes
     return _Inside(
-        truth=[truth_of(x) for x in samples],
+        gt=[truth_of(x) for x in samples],
         objects=sum(targets.counts),
         boxes_xyxy=last.boxes_xyxy[0],
         scores=logits.softmax(dim=-1)[..., :-1] if with_background else logits.sigmoid(),
@@ -157,7 +157,7 @@ def _box_finding(seen: _Inside) -> Finding | None:
     """Whether the boxes are good enough, given the true classes."""
     true_class = torch.zeros_like(seen.scores).scatter(-1, seen.true_labels[..., None], 1)
     scores = true_class * seen.matched[..., None]
-    with_classes = ap50_of(seen.truth, _answers(seen.boxes_xyxy, scores, seen.valid))
+    with_classes = ap50_of(seen.gt, _answers(seen.boxes_xyxy, scores, seen.valid))
     if with_classes >= ENOUGH:
         return None
     overlaps = box_iou(seen.boxes_xyxy, seen.true_boxes_xyxy)[seen.matched]
@@ -172,7 +172,7 @@ def _box_finding(seen: _Inside) -> Finding | None:
 def _class_finding(seen: _Inside) -> Finding | None:
     """Whether the scores are good enough, given the true boxes."""
     boxes_xyxy = torch.where(seen.matched[..., None], seen.true_boxes_xyxy, seen.boxes_xyxy)
-    with_boxes = ap50_of(seen.truth, _answers(boxes_xyxy, seen.scores, seen.valid))
+    with_boxes = ap50_of(seen.gt, _answers(boxes_xyxy, seen.scores, seen.valid))
     if with_boxes >= ENOUGH:
         return None
     right = seen.scores.gather(-1, seen.true_labels[..., None])[..., 0][seen.matched]
@@ -193,15 +193,15 @@ def _generator_finding(seen: _Inside, first: Mapping[str, float]) -> Finding | N
     return Finding("generator", f"the losses of its own fell from {start:.3g} to {end:.3g} only")
 
 
-def ap50_of(truth: Sequence[Boxes], found: Sequence[Boxes]) -> float:
+def ap50_of(gt: Sequence[Boxes], found: Sequence[Boxes]) -> float:
     """AP50 of the detections on each image, 0 to 1."""
     coco = COCO()
-    annotations = _records(truth)
+    annotations = _records(gt)
     for number, annotation in enumerate(annotations, start=1):
         width, height = annotation["bbox"][2:]
         annotation.update(id=number, iscrowd=0, area=width * height)
     coco.dataset = {
-        "images": [{"id": i} for i in range(len(truth))],
+        "images": [{"id": i} for i in range(len(gt))],
         "categories": [{"id": k} for k in sorted({a["category_id"] for a in annotations})],
         "annotations": annotations,
     }

@@ -1,7 +1,7 @@
 """Where the time of a step goes, where the host waits for the device, and what memory holds.
 
-Nothing here repeats the model's forward pass: rooms are timed by hooks on the modules that the
-corridor calls.
+Nothing here repeats the model's forward pass: components are timed by hooks on the modules that the
+pipeline calls.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ROOMS = ("backbone", "neck", "proposal_generator", "roi_heads", "matcher", "criterion")
+COMPONENTS = ("backbone", "neck", "proposal_generator", "roi_heads", "matcher", "criterion")
 """Modules of a detector that are timed, as far as it has them."""
 OTHER, DATA, BACKWARD, OPTIMIZER = "other", "data", "backward", "optimizer"
 
@@ -25,7 +25,7 @@ OTHER, DATA, BACKWARD, OPTIMIZER = "other", "data", "backward", "optimizer"
 class PhaseTimer:
     """Splits the time of a forward pass or training step into phases that sum to the total.
 
-    Each room that the model has is a phase; a room called within another counts for itself only.
+    Each component of the model is a phase; one called within another counts for itself only.
     After a training forward comes "backward", and "optimizer" from gradient clipping (wrapped with
     `as_optimizer`) or the update on; everything else, such as pre- and postprocessing, is "other".
     Who times more than that, such as the wait for a batch, says so with `turn_to`.
@@ -46,11 +46,11 @@ class PhaseTimer:
         self._handles: list[Any] = []
 
     def __enter__(self) -> PhaseTimer:
-        for name in ROOMS:
-            room = getattr(self.model, name, None)
-            if isinstance(room, nn.Module):
-                self._handles.append(room.register_forward_pre_hook(self._enter(name)))
-                self._handles.append(room.register_forward_hook(self._leave))
+        for name in COMPONENTS:
+            component = getattr(self.model, name, None)
+            if isinstance(component, nn.Module):
+                self._handles.append(component.register_forward_pre_hook(self._enter(name)))
+                self._handles.append(component.register_forward_hook(self._leave))
         self._handles.append(self.model.register_forward_pre_hook(self._forward_begins))
         self._handles.append(self.model.register_forward_hook(self._forward_done))
         if self.optimizer is not None:
@@ -78,7 +78,7 @@ class PhaseTimer:
         return spent | {"total": sum(spent.values())}
 
     def as_optimizer(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        """The same function, whose time and what follows counts for the optimiser."""
+        """The same function, whose time and what follows counts for the optimizer."""
         if function is None:
             return None
 
@@ -89,7 +89,7 @@ class PhaseTimer:
         return timed
 
     def turn_to(self, phase: str) -> None:
-        """What follows, outside of the rooms, counts for `phase`."""
+        """What follows, outside of the components, counts for `phase`."""
         self.phases[0] = phase
         self._mark()
 
@@ -241,7 +241,7 @@ def saved_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
-    """Bytes of parameters, buffers, gradients and optimiser state."""
+    """Bytes of parameters, buffers, gradients and optimizer state."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [p.grad for p in model.parameters() if p.grad is not None]
     if optimizer is not None:

@@ -33,12 +33,12 @@ HOST_WAITS = 16  # a step; a detector of static shapes needs about ten
 
 THRESHOLDS = (
     f"a hint is given when the wait for data takes more than {DATA_SHARE:.0%} of a step, matching "
-    f"more than {MATCHER_SHARE:.0%}, the optimiser more than {OPTIMIZER_SHARE:.0%}, when the host "
+    f"more than {MATCHER_SHARE:.0%}, the optimizer more than {OPTIMIZER_SHARE:.0%}, when the host "
     f"waits for the device more than {HOST_WAITS} times, when a GPU is idle for more than "
     f"{IDLE_SHARE:.0%} of the forward pass, and when there are more loader processes than cores"
 )
 
-ROOMS = {
+COMPONENTS = {
     "backbone": "backbone",
     "neck": "neck",
     "proposal_generator": "proposals",
@@ -237,7 +237,7 @@ def hints(profile: StepProfile, cfg: CfgNode) -> list[str]:
         )
     if profile.share(OPTIMIZER) > OPTIMIZER_SHARE:
         found.append(
-            f"the optimiser takes {profile.share(OPTIMIZER):.0%}: more images an update, by "
+            f"the optimizer takes {profile.share(OPTIMIZER):.0%}: more images an update, by "
             f"SOLVER.IMS_PER_BATCH (now {cfg.SOLVER.IMS_PER_BATCH}) or, where memory is short, "
             f"SOLVER.ACCUMULATE_STEPS (now {cfg.SOLVER.ACCUMULATE_STEPS})"
         )
@@ -307,7 +307,9 @@ def _waits_way_out(cfg: CfgNode) -> str:
 def render(profile: StepProfile, cfg: CfgNode) -> str:
     """Table and hints, as people read them."""
     forward = [
-        (f"  {name}", profile.phase_ms[p]) for p, name in ROOMS.items() if p in profile.phase_ms
+        (f"  {name}", profile.phase_ms[p])
+        for p, name in COMPONENTS.items()
+        if p in profile.phase_ms
     ]
     rows = [
         ("data (waiting for it)", profile.phase_ms.get(DATA, 0.0)),
@@ -316,7 +318,7 @@ def render(profile: StepProfile, cfg: CfgNode) -> str:
         ("matching", profile.phase_ms.get("matcher", 0.0)),
         ("criterion", profile.phase_ms.get("criterion", 0.0)),
         ("backward", profile.phase_ms.get(BACKWARD, 0.0)),
-        ("optimiser and clipping", profile.phase_ms.get(OPTIMIZER, 0.0)),
+        ("optimizer and clipping", profile.phase_ms.get(OPTIMIZER, 0.0)),
         ("other", profile.phase_ms.get(OTHER, 0.0)),
         ("step", profile.total_ms),
     ]

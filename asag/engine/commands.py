@@ -48,9 +48,9 @@ from .step import unwrap
 from .trainer import Trainer
 
 DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
-COMPLAINT = 2  # exit code when the user can mend it
-# Seconds that other processes wait for the first one to complain: where it does, the launcher ends
-# them meanwhile, and the message stands there once.
+USER_ERROR = 2  # exit code when the user can fix it
+# Seconds that the other processes wait for the first one to report the error. If it does, the
+# launcher ends them meanwhile, and the message is printed once.
 GRACE = 15.0
 
 EPILOG = f"""
@@ -139,7 +139,7 @@ def _start(args: argparse.Namespace) -> int:
             cuda=cuda,
         )
     except (ValueError, KeyError, OSError) as error:
-        return complain(error)
+        return report_error(error)
 
 
 def configure(args: argparse.Namespace) -> tuple[CfgNode, CfgNode]:
@@ -260,11 +260,11 @@ def run(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> int:
                 args.resume = resume_if_restarted(cfg.OUTPUT_DIR, args.resume)
             train(args, cfg, recipe)
     except (NonFiniteLossError, NotEnoughMemoryError, SampleError) as error:
-        return complain(error)
+        return report_error(error)
     except (ValueError, KeyError, OSError) as error:
         if not comm.is_main_process():
             time.sleep(GRACE)
-        return complain(error)
+        return report_error(error)
     return 0
 
 
@@ -336,14 +336,14 @@ def _test_augmented(cfg: CfgNode, model: nn.Module) -> str:
     return f", with test-time augmentation {_ap_text(plain)}"
 
 
-def complain(error: Exception) -> int:
+def report_error(error: Exception) -> int:
     """Prints the message of an error, without a traceback, and returns the exit code for it."""
     # str() of a KeyError is the repr of its message.
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if isinstance(error, SampleError):  # a loader's process wraps its traceback around the message
         message = message.rsplit("SampleError: ", 1)[-1].strip()
     print(f"error: {message}", file=sys.stderr, flush=True)
-    return COMPLAINT
+    return USER_ERROR
 
 
 def _set_up(cfg: CfgNode) -> None:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average w of a model's trainable weights p, one update an optimiser step:
+    """Average w of a model's trainable weights p, one update an optimizer step:
     w <- d w + (1 - d) p.
 
     At update t = 0, 1, ... d is the smaller of `decay` and (1 + t) / (warmup + t), so that the
     average forgets the random start (and a short training still moves it). Steps that are left out
-    (an overflow in float16, NaN) are no updates, except on CUDA, where a fused optimiser leaves
+    (an overflow in float16, NaN) are no updates, except on CUDA, where a fused optimizer leaves
     them out unknown to the host: the average then comes closer to the unchanged weights. Frozen
     weights and buffers (such as a norm's statistics) are not
     averaged: the model's own belong to the average too.
@@ -49,7 +49,7 @@ class WeightAverage:
         return cls(model, decay=ema.DECAY, warmup=ema.WARMUP) if ema.ENABLED else None
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Updates the average after every step that the optimiser takes from now on."""
+        """Updates the average after every step that the optimizer takes from now on."""
         optimizer.register_step_post_hook(lambda *_: self.update())
 
     @torch.no_grad()

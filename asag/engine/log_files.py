@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 
-ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colours and the like (ECMA-48, 5.4)
+ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # colors and the like (ECMA-48, 5.4)
 
 
 class PlainFormatter(logging.Formatter):
@@ -22,7 +22,7 @@ class PlainFormatter(logging.Formatter):
 
 def keep_files_plain(logger: logging.Logger) -> None:
     """Leaves escape sequences out of all that a logger writes elsewhere than to stdout and stderr:
-    Detectron2 colours some messages when stdout is a terminal, wherever they go."""
+    Detectron2 colors some messages when stdout is a terminal, wherever they go."""
     for handler in logger.handlers:
         console = getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
         if not console and not isinstance(handler.formatter, PlainFormatter):

@@ -115,7 +115,7 @@ def memory_check(cfg: CfgNode, step: TrainStep, dataset_dicts: Sequence[Mapping[
     """Tries the largest step out and logs what it takes, if SOLVER.MEMORY_CHECK asks for it.
 
     Forward and backward pass only: weights, statistics, counters and random numbers of the training
-    are as if it had not been. What the optimiser will hold is set aside meanwhile.
+    are as if it had not been. What the optimizer will hold is set aside meanwhile.
 
     Raises:
         NotEnoughMemoryError: see its message.
@@ -151,7 +151,7 @@ def dry_step(step: TrainStep, samples: Sequence[dict[str, Any]]) -> None:
 
 
 def _reserve(step: TrainStep) -> list[Tensor]:
-    """As much memory as the optimiser will keep, and with accumulation also the gradients, which
+    """As much memory as the optimizer will keep, and with accumulation also the gradients, which
     are there already when the next part's forward pass runs."""
     copies = int(step.accumulate_steps > 1)
     if not step.optimizer.state:

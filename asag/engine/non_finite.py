@@ -67,7 +67,7 @@ class PredictionWatch:
             self.counts[name] = self.counts.get(name, 0) + (~good & valid).sum()
         noised = found.noised
         if noised is not None:
-            noised = NoisedPredictions(self._clean(noised.predictions), noised.truth)
+            noised = NoisedPredictions(self._clean(noised.predictions), noised.gt)
         return replace(
             found,
             logits=torch.where(good_logits, found.logits, 0),
@@ -320,7 +320,7 @@ def poison_gradients(parameters: Iterable[nn.Parameter], bad: Tensor) -> None:
 def update_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """An update, except where `bad`: then weights and state stay as they are.
 
-    On CUDA, fused optimisers decide on the device. For others (SGD) the host waits for `bad`.
+    On CUDA, fused optimizers decide on the device. For others (SGD) the host waits for `bad`.
     """
     if bad.is_cuda and getattr(optimizer, "_step_supports_amp_scaling", False):
         update_on_device(optimizer, bad)
@@ -329,7 +329,7 @@ def update_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 
 def update_on_device(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """`update_unless` of a fused optimiser, which looks at `bad` in its kernel."""
+    """`update_unless` of a fused optimizer, which looks at `bad` in its kernel."""
     optimizer.found_inf = bad.float()
     try:
         optimizer.step()

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class ResumableTrainer(DefaultTrainer):
     """The part of `Trainer` that writes checkpoints and goes on from them.
 
-    A resumed run equals an uninterrupted one: checkpoints hold optimiser, schedule, loss scale,
+    A resumed run equals an uninterrupted one: checkpoints hold optimizer, schedule, loss scale,
     averaged weights ("ema" beside "model") and the random state of every process. Where SOLVER.*
     was changed in between, the new values hold.
     """
@@ -128,7 +128,7 @@ class ResumableTrainer(DefaultTrainer):
             self._rng_states = []
 
     def _keep_configured(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Puts rates, decay and the like of the configuration into the optimiser's groups, which
+        """Puts rates, decay and the like of the configuration into the optimizer's groups, which
         have just been overwritten by a checkpoint's; its schedule stands where the checkpoint's
         did."""
         for group, configured in zip(self.optimizer.param_groups, groups, strict=True):

@@ -1,6 +1,6 @@
 """From a recipe in epochs to iterations, for any batch and any size of data set.
 
-An epoch is one pass over the training images, an iteration one optimiser step of
+An epoch is one pass over the training images, an iteration one optimizer step of
 SOLVER.IMS_PER_BATCH images (all processes and accumulated micro-batches together).
 """
 
@@ -71,7 +71,7 @@ def resolve_schedule(
 
     SOLVER.EPOCHS and EPOCH_STEPS become MAX_ITER and STEPS (EPOCHS of 0 takes those as they
     stand), SOLVER.SCALE_LR adapts BASE_LR from REFERENCE_BATCH to IMS_PER_BATCH. The warm-up stays
-    a number of iterations, because the optimiser's moment estimates need steps rather than images;
+    a number of iterations, because the optimizer's moment estimates need steps rather than images;
     it is shortened to a quarter of a training that is too short for it.
 
     Args:
@@ -168,7 +168,7 @@ def _lr_factor(solver: CfgNode) -> float:
 def _warnings(base_lr: float, solver: CfgNode, recipe: CfgNode) -> tuple[str, ...]:
     """Compares the learning rate per image with the recipe's."""
     if solver.OPTIMIZER != recipe.OPTIMIZER:
-        return ()  # rates of different optimisers have nothing in common
+        return ()  # rates of different optimizers have nothing in common
     ratio = (base_lr / solver.IMS_PER_BATCH) / (recipe.BASE_LR / recipe.REFERENCE_BATCH)
     if ratio <= SUSPICIOUS_RATIO:
         return ()

@@ -1,4 +1,4 @@
-"""One optimiser step: mixed precision, gradient accumulation, clipping. No device-to-host copy.
+"""One optimizer step: mixed precision, gradient accumulation, clipping. No device-to-host copy.
 
 A micro-batches of a step.
 """
@@ -29,8 +29,8 @@ class TrainStep:
     With accumulation the batch is cut into A equal parts that share one update. A criterion divides
     its sums by the objects of the part it sees; the parts are therefore weighted by their share of
     the objects, which makes the accumulated gradient that of the undivided batch for every loss
-    normalised by objects. (Losses normalised otherwise become that weighted mean over the parts,
-    and batch normalisation sees the statistics of each part.)
+    normalized by objects. (Losses normalized otherwise become that weighted mean over the parts,
+    and batch normalization sees the statistics of each part.)
     """
 
     def __init__(
@@ -169,9 +169,9 @@ def split_batch(batch: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
 
 
 def object_shares(parts: Sequence[Sequence[Sample]], device: torch.device) -> Tensor:
-    """Weight (A,) of each micro-batch: its normaliser over that of the whole batch.
+    """Weight (A,) of each micro-batch: its normalizer over that of the whole batch.
 
-    The normaliser is the criterion's: objects a process, mean over the processes, at least one.
+    The normalizer is the criterion's: objects a process, mean over the processes, at least one.
     """
     counts = [sum(len(x["instances"]) for x in part if "instances" in x) for part in parts]
     objects = torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)

@@ -55,8 +55,8 @@ class Trainer(ResumableTrainer):
     `train`, `test`, the `build_*` class methods and hooks.
 
     Its constructor is not Detectron2's, which refuses mixed precision and several processes on a
-    CPU and, in v0.5, keeps no optimiser state in checkpoints. A resumed run equals an uninterrupted
-    one: checkpoints hold optimiser, schedule, loss scale and the random state of every process, and
+    CPU and, in v0.5, keeps no optimizer state in checkpoints. A resumed run equals an uninterrupted
+    one: checkpoints hold optimizer, schedule, loss scale and the random state of every process, and
     the order of the data is a function of seed and iteration.
     """
 
@@ -291,7 +291,7 @@ class Trainer(ResumableTrainer):
             set_rng_state(self._rng_states[comm.get_rank()])
 
     def run_step(self) -> None:
-        """One optimiser step; its scalars reach the host only when the log is written."""
+        """One optimizer step; its scalars reach the host only when the log is written."""
         start = time.perf_counter()
         batch = next(self._batches)
         self.storage.put_scalar("data_time", time.perf_counter() - start)

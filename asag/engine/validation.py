@@ -36,7 +36,7 @@ def validation_losses(
 ) -> dict[str, float]:
     """The training's losses on images that are prepared as for testing.
 
-    Batches count by their objects: a loss that is normalised by objects comes out as if all images
+    Batches count by their objects: a loss that is normalized by objects comes out as if all images
     were one batch, whatever the batch size and the number of processes. (Others become that
     weighted mean over the batches.) Every process must call it.
 

@@ -134,9 +134,9 @@ def evaluate_boxes(
             import faster_coco_eval
 
             # Its own class, built from the dict that is already in memory.
-            truth = faster_coco_eval.COCO(ground_truth.dataset)
+            gt = faster_coco_eval.COCO(ground_truth.dataset)
             evaluation = faster_coco_eval.COCOeval_faster(
-                truth, truth.loadRes(list(results)), iouType="bbox"
+                gt, gt.loadRes(list(results)), iouType="bbox"
             )
         else:
             evaluation = COCOeval(ground_truth, ground_truth.loadRes(list(results)), "bbox")

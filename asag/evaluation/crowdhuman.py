@@ -82,7 +82,7 @@ class CrowdHumanEvaluator(DatasetEvaluator):
         self._ground_truth = {
             entry["image_id"]: _ground_truth(entry) for entry in dataset if entry.get("annotations")
         }
-        if all(truth.ignored.all() for truth in self._ground_truth.values()):
+        if all(gt.ignored.all() for gt in self._ground_truth.values()):
             raise ValueError(
                 f"data set {dataset_name!r} has no real (not ignored) box: nothing to evaluate"
             )
@@ -152,14 +152,14 @@ class CrowdHumanEvaluator(DatasetEvaluator):
         metrics = crowdhuman_metrics(
             [
                 CrowdImage(
-                    truth.boxes_xyxy,
-                    truth.ignored,
+                    gt.boxes_xyxy,
+                    gt.ignored,
                     *detections.get(image_id, nothing),
-                    truth.height,
-                    truth.width,
-                    truth.name,
+                    gt.height,
+                    gt.width,
+                    gt.name,
                 )
-                for image_id, truth in self._ground_truth.items()
+                for image_id, gt in self._ground_truth.items()
             ]
         )
         percent = {

@@ -109,7 +109,7 @@ def crowdhuman_metrics(images: Sequence[CrowdImage]) -> CrowdMetrics:
     counted = true_positive | ~absorbed
     order = np.argsort(-scores[counted], kind="stable")
     true_positive = true_positive[counted][order]
-    ap, mmr, recall = _summarise(true_positive, num_boxes, len(images))
+    ap, mmr, recall = _summarize(true_positive, num_boxes, len(images))
     return CrowdMetrics(ap, mmr, recall, len(images), num_boxes, num_ignored, len(scores))
 
 
@@ -301,7 +301,7 @@ def _match(
     return matched
 
 
-def _summarise(
+def _summarize(
     true_positive: np.ndarray, num_boxes: int, num_images: int
 ) -> tuple[float, float, float]:
     """AP, mMR and Recall of a ranked list.

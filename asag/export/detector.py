@@ -22,7 +22,7 @@ OUTPUTS = ("boxes_xyxy", "scores", "labels", "valid")
 
 class ExportableDetector(nn.Module):
     """Images of one size -> a fixed number of slots for detections, with all that stands around
-    the network inside: colour order, normalisation, choice of the best, suppression, clipping.
+    the network inside: color order, normalization, choice of the best, suppression, clipping.
 
     The whole image counts: nothing of it is padding.
     """
@@ -59,10 +59,10 @@ class ExportableDetector(nn.Module):
         model = self.model
         if model.input_format == "BGR":
             images = images.flip(1)
-        normalised = (images - model.pixel_mean) / model.pixel_std
+        normalized = (images - model.pixel_mean) / model.pixel_std
         # One size on the host stands for all images of the batch, however many these are.
         sizes = ImageSizes(self.whwh.expand(images.shape[0], 4), (self.size,), self.size)
-        predictions, _ = model.predict(normalised, sizes)
+        predictions, _ = model.predict(normalized, sizes)
         scores, boxes, labels = top_candidates(predictions, model.top_k, model.softmax)
         valid = scores >= 0
         if model.nms_threshold > 0:

@@ -106,9 +106,9 @@ def _metadata(detector: ExportableDetector, batch: int | None) -> dict[str, str]
         "height": height,
         "width": width,
         "batch": batch or "dynamic",
-        "colour_order": "RGB",
+        "color_order": "RGB",
         "value_range": "0 to 255",
-        "normalisation": "inside",
+        "normalization": "inside",
         "boxes": "xyxy in pixels of the input",
         "nms": f"class-wise, inside, IoU above {threshold}" if threshold > 0 else "none",
     }

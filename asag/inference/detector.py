@@ -144,7 +144,7 @@ class Detections:
 class Detector:
     """A trained model that takes pictures as they come.
 
-    Colours cannot be confused silently: files and Pillow images know theirs, arrays and tensors are
+    Colors cannot be confused silently: files and Pillow images know theirs, arrays and tensors are
     RGB unless `color_order="BGR"` says that they come from OpenCV.
     """
 
@@ -213,7 +213,7 @@ class Detector:
         Raises:
             ImageReadError: a file is absent or not an image.
             TypeError: a picture of another kind.
-            ValueError: wrong shape, dtype, threshold or colour order.
+            ValueError: wrong shape, dtype, threshold or color order.
         """
         if color_order not in COLOR_ORDERS:
             raise ValueError(f"color_order is {color_order!r}; it must be 'RGB' or 'BGR'")

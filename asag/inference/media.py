@@ -1,6 +1,6 @@
 """Finding pictures and videos, and reading and writing video frame by frame.
 
-H, W frame size. Frames are (H, W, 3) uint8 RGB; the colour order of OpenCV stays in this file.
+H, W frame size. Frames are (H, W, 3) uint8 RGB; the color order of OpenCV stays in this file.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def find_media(
         sentence for every input that leads to nothing.
     """
     found: dict[Path, MediaFile] = {}
-    complaints: list[str] = []
+    issues: list[str] = []
     excluded = exclude.resolve() if exclude else None
     for text in inputs:
         path = Path(text).expanduser()
@@ -77,10 +77,10 @@ def find_media(
         else:
             files, problem = [], "no such file or folder"
         if not files:
-            complaints.append(f"{text}: {problem}")
+            issues.append(f"{text}: {problem}")
         for file in files:
             found.setdefault(file.path.resolve(), file)
-    return list(found.values()), complaints
+    return list(found.values()), issues
 
 
 def _search(folder: Path, excluded: Path | None) -> list[MediaFile]:

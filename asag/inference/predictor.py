@@ -30,7 +30,7 @@ class Predictor:
     """Callable that turns RGB pictures of any sizes into detections.
 
     Pictures share a batch only if they are padded to the same size, so that what is found in one
-    does not depend on its neighbours.
+    does not depend on its neighbors.
 
     Example:
         >>> cfg = load_config("config.yaml", ["MODEL.WEIGHTS", "model_final.pth"])
@@ -54,7 +54,7 @@ class Predictor:
             model: any of Detectron2's box detectors; it is put into evaluation mode.
             class_names: index -> name, K of them.
             augmentations: what every picture goes through first: the resize.
-            image_format: colour order that the model expects, "RGB" or "BGR".
+            image_format: color order that the model expects, "RGB" or "BGR".
             batch_size: pictures that go through the model together, at most.
             score_threshold: detections scored below are left out, 0 to 1.
 

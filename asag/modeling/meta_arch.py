@@ -1,7 +1,8 @@
-"""The corridor: image -> features -> queries -> refined queries -> detections or losses.
+"""Meta-architectures: the detection pipeline and its registered variants.
 
-A paper is a choice of rooms. The named architectures at the end of this file say which choice each
-paper made; `SparseDetector` itself combines any rooms that fit.
+image -> backbone -> neck -> proposal generator -> ROI heads -> detections, or matcher -> criterion
+-> losses. `SparseDetector` combines any components that fit; the named architectures at the end of
+this file fix the components that make each paper.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .layers.checkpointing import recompute
 from .matching import build_matcher
 from .neck import build_neck
 from .postprocess import select_detections
-from .registry import build_room, check_choice
+from .registry import build_component, check_choice
 
 INFERENCE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -77,7 +78,7 @@ class SparseDetector(nn.Module):
             criterion: `(predictions, targets, assignment) -> losses`.
             num_classes: K.
             pixel_mean, pixel_std: of the image channels, in the order of `input_format`.
-            input_format: "RGB" or "BGR", the colour order of the input tensors.
+            input_format: "RGB" or "BGR", the color order of the input tensors.
             top_k: detections an image.
             nms_threshold: class-wise NMS on the detections; 0 is off.
             softmax: the class logits end with a background column.
@@ -156,14 +157,14 @@ class SparseDetector(nn.Module):
         return {
             "backbone": backbone,
             "neck": neck,
-            "proposal_generator": build_room(
+            "proposal_generator": build_component(
                 PROPOSAL_GENERATOR_REGISTRY,
                 "MODEL.PROPOSAL_GENERATOR.NAME",
                 model.PROPOSAL_GENERATOR.NAME,
                 cfg,
                 shape,
             ),
-            "roi_heads": build_room(
+            "roi_heads": build_component(
                 ROI_HEADS_REGISTRY, "MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, cfg, shape
             ),
             "matcher": build_matcher(cfg),
@@ -243,7 +244,7 @@ class SparseDetector(nn.Module):
     def predict(
         self, images: Tensor, sizes: ImageSizes, targets: Targets | None = None
     ) -> tuple[Predictions, dict[str, Tensor]]:
-        """Predictions of every stage for normalised images (B, 3, H, W), and the proposal
+        """Predictions of every stage for normalized images (B, 3, H, W), and the proposal
         generator's own losses."""
         with self.zero_padding(sizes) if self.zero_padding else nullcontext():
             features: dict[str, Tensor] = self.backbone(images)
@@ -254,7 +255,7 @@ class SparseDetector(nn.Module):
         return self.roi_heads(features, queries, sizes), losses
 
     def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Normalises, pads at the right and bottom with zeros, and batches.
+        """Normalizes, pads at the right and bottom with zeros, and batches.
 
         Raises:
             ValueError: an input is not a (3, H, W) tensor; the message names it.
@@ -268,8 +269,8 @@ class SparseDetector(nn.Module):
                     f"{self.input_format} order, got {found}"
                 )
         moved = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
-        normalised = [(x - self.pixel_mean) / self.pixel_std for x in moved]
-        images = ImageList.from_tensors(normalised, self.backbone.size_divisibility)
+        normalized = [(x - self.pixel_mean) / self.pixel_std for x in moved]
+        images = ImageList.from_tensors(normalized, self.backbone.size_divisibility)
         images.tensor = images.tensor.contiguous(memory_format=self.memory_format)
         return images
 

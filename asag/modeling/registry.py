@@ -1,4 +1,4 @@
-"""Building a room by its configured name, with an error that names the key."""
+"""Building a component by its configured name, with an error that names the key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.utils.registry import Registry
 
 
-def build_room(registry: Registry, key: str, name: str, *args: Any) -> Any:
+def build_component(registry: Registry, key: str, name: str, *args: Any) -> Any:
     """Builds `registry[name](*args)`.
 
     Raises:

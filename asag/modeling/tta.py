@@ -55,7 +55,7 @@ class DetectorWithTTA(nn.Module):
             size_ranges: for each copy, the open range of sqrt(box area) in pixels of that copy that
                 is believed; empty believes all boxes.
             batch_size: copies that go through the model together.
-            input_format: colour order for images that are read from their file.
+            input_format: color order for images that are read from their file.
         """
         super().__init__()
         if batch_size < 1:

@@ -107,8 +107,8 @@ def coco_accuracy(
     if not detections:
         return None
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(json_file))
-    evaluation = evaluate_boxes(truth, detections)
+        gt = COCO(str(json_file))
+    evaluation = evaluate_boxes(gt, detections)
     columns = [evaluation.params.catIds.index(i) for i in sorted(labels, key=labels.__getitem__)]
     return CocoAccuracy(
         precision=np.asarray(evaluation.eval["precision"])[..., -1][:, :, columns],

@@ -18,7 +18,7 @@ SIZES = ("small", "medium", "large")
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """Annotations of one image.
 
     Attributes:
@@ -32,7 +32,7 @@ class Truth:
     ignored: np.ndarray
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> Truth:
+    def of(cls, entry: Mapping[str, Any]) -> GroundTruth:
         """Annotations of one of Detectron2's dataset dicts."""
         annotations = entry.get("annotations", [])
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
@@ -72,20 +72,20 @@ class DatasetSummary:
     median_side: float
 
     @classmethod
-    def of(cls, truths: Sequence[Truth], num_classes: int) -> DatasetSummary:
+    def of(cls, gts: Sequence[GroundTruth], num_classes: int) -> DatasetSummary:
         """Counts the annotations of all images."""
-        nothing = Truth.of({})
-        ignored = np.concatenate([t.ignored for t in (*truths, nothing)])
-        boxes = np.concatenate([t.boxes_xyxy for t in (*truths, nothing)])[~ignored]
-        labels = np.concatenate([t.labels for t in (*truths, nothing)])[~ignored]
+        nothing = GroundTruth.of({})
+        ignored = np.concatenate([t.ignored for t in (*gts, nothing)])
+        boxes = np.concatenate([t.boxes_xyxy for t in (*gts, nothing)])[~ignored]
+        labels = np.concatenate([t.labels for t in (*gts, nothing)])[~ignored]
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
         # COCO's ranges of areas share their ends; an object on one counts for the smaller size.
         size = np.searchsorted((SMALL_AREA, MEDIUM_AREA), areas, side="left")
         counts = np.zeros((num_classes, len(SIZES)), dtype=np.int64)
         np.add.at(counts, (labels, size), 1)
-        in_images = [int((~t.ignored).sum()) for t in truths]
+        in_images = [int((~t.ignored).sum()) for t in gts]
         return cls(
-            images=len(truths),
+            images=len(gts),
             empty=in_images.count(0),
             ignored=int(ignored.sum()),
             fullest=max(in_images, default=0),

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG that follows the page's colours, light or dark."""
+"""Line charts as inline SVG that follows the page's colors, light or dark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .html import Html, note, tag
 WIDTH, HEIGHT = 380, 230  # of the drawing, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 58, 18, 10, 38  # margins for ticks and labels
 COLORS = 8  # classes c0 ... c7 of the style sheet; beyond that, lines are dashed
-MAX_POINTS = 240  # of a line; longer ones become means of neighbouring points
+MAX_POINTS = 240  # of a line; longer ones become means of neighboring points
 
 Points = Sequence[tuple[float, float]]
 
@@ -74,7 +74,7 @@ def _finite(points: Points) -> Points:
 
 
 def thinned(points: Points, limit: int = MAX_POINTS) -> Points:
-    """At most `limit` points: the means of groups of neighbours of about equal size. The last point
+    """At most `limit` points: the means of groups of neighbors of about equal size. The last point
     stays as it is, because it is the result."""
     if len(points) <= limit:
         return points

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .annotations import Truth
+from .annotations import GroundTruth
 
 IOU = 0.5  # from which a detection of the right class has found an object
 PER_CLASS = 100  # detections of an image and class that count, as in COCO's evaluation
@@ -54,7 +54,7 @@ class ImageErrors:
         return self.missed + self.false
 
 
-def judge(found: Found, truth: Truth) -> np.ndarray:
+def judge(found: Found, gt: GroundTruth) -> np.ndarray:
     """Whether each detection is right, by COCO's rule at an IoU of 0.5: from the best score on,
     each takes the object of its class that it covers best among those not taken yet.
 
@@ -63,29 +63,29 @@ def judge(found: Found, truth: Truth) -> np.ndarray:
         of a class.
     """
     verdict = np.full(len(found.scores), WRONG)
-    ious = overlaps(found.boxes_xyxy, truth.boxes_xyxy, truth.ignored)
-    usable = (ious >= IOU) & (found.labels[:, None] == truth.labels[None])
-    free = ~truth.ignored
+    ious = overlaps(found.boxes_xyxy, gt.boxes_xyxy, gt.ignored)
+    usable = (ious >= IOU) & (found.labels[:, None] == gt.labels[None])
+    free = ~gt.ignored
     # What overlaps nothing of its class is wrong without a closer look.
     for n in np.flatnonzero(usable.any(axis=1)):
         candidates = usable[n] & free
         if candidates.any():
             free[np.where(candidates, ious[n], -1).argmax()] = False
             verdict[n] = RIGHT
-        elif (usable[n] & truth.ignored).any():
+        elif (usable[n] & gt.ignored).any():
             verdict[n] = IGNORED
     for label in np.unique(found.labels):
         verdict[np.flatnonzero(found.labels == label)[PER_CLASS:]] = IGNORED
     return verdict
 
 
-def overlaps(boxes: np.ndarray, truth: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+def overlaps(boxes: np.ndarray, gt: np.ndarray, ignored: np.ndarray) -> np.ndarray:
     """(n, m) IoU of xyxy boxes; for ignored regions the share of the detection that lies inside."""
-    corners = np.minimum(boxes[:, None, 2:], truth[None, :, 2:])
-    sides = corners - np.maximum(boxes[:, None, :2], truth[None, :, :2])
+    corners = np.minimum(boxes[:, None, 2:], gt[None, :, 2:])
+    sides = corners - np.maximum(boxes[:, None, :2], gt[None, :, :2])
     shared = sides.clip(min=0).prod(axis=-1)
     own = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)[:, None]
-    other = (truth[:, 2:] - truth[:, :2]).prod(axis=1)[None]
+    other = (gt[:, 2:] - gt[:, :2]).prod(axis=1)[None]
     union = np.where(ignored[None], own, own + other - shared)
     return shared / np.maximum(union, 1e-12)
 
@@ -112,19 +112,19 @@ def operating_point(scores: np.ndarray, right: np.ndarray, objects: int) -> tupl
 
 
 def count_errors(
-    found: Sequence[Found], truths: Sequence[Truth]
+    found: Sequence[Found], gts: Sequence[GroundTruth]
 ) -> tuple[list[ImageErrors], float, float]:
     """Errors of every image at the best threshold of the data set.
 
     Args:
         found: detections of each image.
-        truths: annotations of each image.
+        ground truths: annotations of each image.
 
     Returns:
         Errors of each image, the threshold and its F1.
     """
-    verdicts = [judge(f, t) for f, t in zip(found, truths, strict=True)]
-    objects = [int((~t.ignored).sum()) for t in truths]
+    verdicts = [judge(f, t) for f, t in zip(found, gts, strict=True)]
+    objects = [int((~t.ignored).sum()) for t in gts]
     all_verdicts, all_scores = np.concatenate(verdicts), np.concatenate([f.scores for f in found])
     counted = all_verdicts != IGNORED
     threshold, f1 = operating_point(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..files import atomic_writer
-from .annotations import DatasetSummary, Truth
+from .annotations import DatasetSummary, GroundTruth
 from .html import Html, anchor, join, section, tag
 from .matching import MatchingStatistics, matching_statistics
 from .result_sections import accuracy_tables, data, images, matching, precision_recall
@@ -103,7 +103,7 @@ def _page(run: Run, figures: Html, content: Html) -> str:
             tag("nav", tag("ul", *links), aria_label="Sections"),
         ),
         tag("main", figures, content),
-        tag("footer", "Lines of more than 240 points are drawn as means of neighbouring points."),
+        tag("footer", "Lines of more than 240 points are drawn as means of neighboring points."),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
@@ -153,9 +153,9 @@ def _summaries(
     summaries, names = {}, [x.class_names for x in results]
     if train_dicts and run.cfg.DATASETS.TRAIN:
         names.insert(0, class_names(run.cfg.DATASETS.TRAIN[0], train_dicts))
-        truths = [Truth.of(x) for x in train_dicts]
+        gts = [GroundTruth.of(x) for x in train_dicts]
         title = " and ".join(run.cfg.DATASETS.TRAIN)
-        summaries[f"train: {title}"] = DatasetSummary.of(truths, len(names[0]))
+        summaries[f"train: {title}"] = DatasetSummary.of(gts, len(names[0]))
     for number, result in enumerate(results, start=1):
         role = "test" if len(results) == 1 else f"test {number}"
         summaries[f"{role}: {result.name}"] = result.summary

@@ -48,7 +48,7 @@ def compared(
     """
     image = np.ascontiguousarray(read_image(entry["file_name"], "RGB"))
     hw = image.shape[:2]
-    truth = training_instances(entry.get("annotations", []), T.NoOpTransform(), hw)
+    gt = training_instances(entry.get("annotations", []), T.NoOpTransform(), hw)
     name = Path(entry["file_name"]).name
     verdict = f"{counts.found} found, {counts.missed} missed, {counts.false} false"
     shown = int((found.scores >= threshold).sum())
@@ -58,7 +58,7 @@ def compared(
             shown,
             draw_detections(image, _instances(found, hw), class_names, threshold),
         ),
-        ("ground truth", len(truth), draw_detections(image, truth, class_names)),
+        ("ground truth", len(gt), draw_detections(image, gt, class_names)),
     ]
     pictures = []
     for title, count, drawn in panels:

@@ -12,7 +12,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .accuracy import CocoAccuracy, coco_accuracy, read_detections
-from .annotations import DatasetSummary, Truth
+from .annotations import DatasetSummary, GroundTruth
 from .image_errors import Found, ImageErrors, count_errors
 
 
@@ -87,8 +87,8 @@ def compare_with_data(name: str, detections_file: Path | None) -> Result:
     """
     entries = load_entries(name)
     names = class_names(name, entries)
-    truths = [Truth.of(x) for x in entries]
-    summary = DatasetSummary.of(truths, len(names))
+    gts = [GroundTruth.of(x) for x in entries]
+    summary = DatasetSummary.of(gts, len(names))
     if detections_file is None or not entries:
         text = f"No detections on {name} have been written: no curves and no images."
         return Result(name, entries, names, summary, remarks=[text])
@@ -98,7 +98,7 @@ def compare_with_data(name: str, detections_file: Path | None) -> Result:
     }  # fmt: skip
     detections = read_detections(detections_file)
     found = by_image(detections, entries, labels, detections_file)
-    counts, threshold, f1 = count_errors(found, truths)
+    counts, threshold, f1 = count_errors(found, gts)
     accuracy, remarks = None, []
     if metadata.get("evaluator_type") != "coco":
         remarks.append(

@@ -16,7 +16,7 @@ from ..config.loading import Changes, differences, load_config
 from ..data.coco_folder import register_table
 from ..data.coco_json import read_coco_table
 from ..data.coco_report import inspect_table
-from ..data.errors import Complaint, DatasetError
+from ..data.errors import DataIssue, DatasetError
 from ..evaluation.coco import RESULTS_FILE
 from ..evaluation.crowdhuman import DETECTIONS_FILE
 from ..files import atomic_writer
@@ -90,19 +90,19 @@ class RunRecord:
             DatasetError: files have gone or changed into something unusable; the data sets of the
                 others are registered.
         """
-        complaints: list[Complaint] = []
+        issues: list[DataIssue] = []
         for name, entry in self.datasets.items():
             if name in DatasetCatalog.list():
                 continue
             try:
                 table = read_coco_table(Path(entry["json_file"]), (Path(entry["image_root"]),))
             except DatasetError as error:
-                complaints += error.complaints
+                issues += error.issues
                 continue
             _, usable = inspect_table(table, name)
             register_table(name, usable, Path(entry["json_file"]).parent)
-        if complaints:
-            raise DatasetError(complaints)
+        if issues:
+            raise DatasetError(issues)
 
 
 @dataclass(frozen=True)

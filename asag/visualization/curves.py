@@ -33,11 +33,11 @@ def plot_curves(
     """Draws the total loss, its terms, the accuracy, the learning rate, the gradient norm (before
     clipping) and the seconds of a step over the iterations.
 
-    A run has a colour of its own. The terms are those of the last stage (names without a stage
+    A run has a color of its own. The terms are those of the last stage (names without a stage
     number). Panels without data say so.
 
     Args:
-        metrics: one metrics.json, several (labelled by their folders), or label -> file.
+        metrics: one metrics.json, several (labeled by their folders), or label -> file.
         output_png: picture to write; missing parent folders are made. No global state of matplotlib
             is touched and no display is needed.
 
@@ -46,7 +46,7 @@ def plot_curves(
         ValueError: no file is given, or one is not in the format of Detectron2's JSONWriter; the
             message names the file and the line.
     """
-    runs = {label: read_metrics(path) for label, path in _labelled(metrics).items()}
+    runs = {label: read_metrics(path) for label, path in _labeled(metrics).items()}
     figure = Figure(figsize=(16, 8), layout="constrained")
     FigureCanvasAgg(figure)
     ((total, terms, accuracy), (rate, norm, seconds)) = figure.subplots(2, 3)
@@ -112,21 +112,21 @@ def _parse(line: str) -> dict[str, float] | None:
     return record if is_record else None
 
 
-def _labelled(
+def _labeled(
     metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike],
 ) -> dict[str, PathLike]:
     """label -> file; files of equally named folders are told apart by their whole paths."""
     if isinstance(metrics, Mapping):
-        labelled = dict(metrics)
+        labeled = dict(metrics)
     else:
         single = isinstance(metrics, str | os.PathLike)
         paths = [Path(p) for p in ([metrics] if single else metrics)]
         names = [path.resolve().parent.name for path in paths]
         unique = len(set(names)) == len(names)
-        labelled = dict(zip(names if unique else map(str, paths), paths, strict=True))
-    if not labelled:
+        labeled = dict(zip(names if unique else map(str, paths), paths, strict=True))
+    if not labeled:
         raise ValueError("no metrics file is given")
-    return labelled
+    return labeled
 
 
 def _present(runs: Mapping[str, Series], names: Sequence[str]) -> list[str]:
@@ -162,7 +162,7 @@ def _accuracies(runs: Mapping[str, Series]) -> list[str]:
 def _panel(
     axes: Axes, title: str, runs: Mapping[str, Series], names: Sequence[str], log: bool = False
 ) -> None:
-    """One line a run and quantity: colours tell runs apart, or quantities when there is one run."""
+    """One line a run and quantity: colors tell runs apart, or quantities when there is one run."""
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("iteration")
     axes.set_ylabel(names[0] if len(names) == 1 else "")

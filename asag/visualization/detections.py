@@ -40,7 +40,7 @@ def draw_detections(
 ) -> np.ndarray:
     """Draws every object with its box, class name and score.
 
-    A class has the same colour in all pictures. Labels stay inside the picture and never cover each
+    A class has the same color in all pictures. Labels stay inside the picture and never cover each
     other: in a crowd they are smaller, the best-scored objects keep theirs, and the others are
     boxes only.
 
@@ -79,17 +79,17 @@ def draw_comparison(
     """
     blank = _enlarged(image_rgb)
     predicted = _read_objects(predictions, score_threshold, blank.size)
-    truth = _read_objects(ground_truth, 0.0, blank.size)
+    gt = _read_objects(ground_truth, 0.0, blank.size)
     captions = (
         f"predictions: {len(predicted)} (score ≥ {score_threshold:.2f})",
-        f"ground truth: {len(truth)}",
+        f"ground truth: {len(gt)}",
     )
     width, height = blank.size
     font = _caption_font(captions, width, _font_size(blank.size))
     bar = round(1.8 * font.size)
     sheet = Image.new("RGB", (2 * width + GAP_PIXELS, height + bar), CAPTION_BACKGROUND)
     pen = ImageDraw.Draw(sheet)
-    for column, (caption, objects) in enumerate(zip(captions, (predicted, truth), strict=True)):
+    for column, (caption, objects) in enumerate(zip(captions, (predicted, gt), strict=True)):
         panel, left = blank.copy(), column * (width + GAP_PIXELS)
         _draw(panel, objects, class_names)
         sheet.paste(panel, (left, bar))
@@ -99,10 +99,10 @@ def draw_comparison(
 
 @functools.lru_cache(maxsize=4096)
 def class_color(index: int) -> RGB:
-    """Colour of a class, 0 to 255 a channel.
+    """Color of a class, 0 to 255 a channel.
 
     Hues follow the golden angle in OKLCH (Ottosson, "A perceptual color space for image
-    processing", 2020), so that neighbouring indices differ clearly and all look equally strong;
+    processing", 2020), so that neighboring indices differ clearly and all look equally strong;
     lightness alternates so that near hues of distant indices differ too.
     """
     lightness, chroma = ((0.74, 0.17), (0.64, 0.19), (0.84, 0.15))[index % 3]

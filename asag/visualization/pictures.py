@@ -49,9 +49,9 @@ def save_pictures(cfg: CfgNode, model: nn.Module, dataset_name: str, folder: Pat
     for index in spread(len(dicts), cfg.TEST.NUM_PICTURES):
         entry = dicts[index]
         image = np.ascontiguousarray(read_image(entry["file_name"], "RGB"))
-        truth = training_instances(entry.get("annotations", []), T.NoOpTransform(), image.shape[:2])
+        gt = training_instances(entry.get("annotations", []), T.NoOpTransform(), image.shape[:2])
         found = _predict(model, mapper, entry, image.shape[:2])
-        drawn = draw_comparison(image, found, truth, class_names)
+        drawn = draw_comparison(image, found, gt, class_names)
         path = folder / f"{_file_stem(entry)}.png"
         Image.fromarray(drawn).save(path)
         written.append(path)

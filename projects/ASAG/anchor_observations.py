@@ -171,6 +171,6 @@ def collect(observations: Iterable[Observation], limit: int = 1000) -> Statistic
     return result
 
 
-def normalised(maps: Sequence[Tensor]) -> list[Tensor]:
+def normalized(maps: Sequence[Tensor]) -> list[Tensor]:
     """Each map stretched to 0 to 1."""
     return [(x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) for x in maps]

@@ -27,7 +27,7 @@ from asag.visualization.figure_inputs import (
 )
 
 import torch
-from anchor_observations import Observation, Statistics, check_model, collect, normalised, observe
+from anchor_observations import Observation, Statistics, check_model, collect, normalized, observe
 from detectron2.data import DatasetCatalog
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -67,7 +67,7 @@ def draw_maps(found: Sequence[Observation]) -> Figure:
     for panels, x in zip(rows, found, strict=True):
         panels[0].imshow(x.image_rgb)
         for panel, name, scores in zip(
-            panels[1:], names, normalised(list(x.maps.values())), strict=True
+            panels[1:], names, normalized(list(x.maps.values())), strict=True
         ):
             panel.imshow(scores.numpy(), cmap="viridis", vmin=0, vmax=1)
             panel.set_title(name)

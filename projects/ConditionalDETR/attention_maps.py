@@ -69,7 +69,7 @@ def explain(
 
     Args:
         model: DETR or a relative, in evaluation mode.
-        image: (3, H, W) in the model's colour order.
+        image: (3, H, W) in the model's color order.
         stage: index of the stage, negative from the last.
         query: index of the query; default: the one with the best score in the end.
 

@@ -55,7 +55,7 @@ MIN_OBJECTS_SHOWN = 8
 
 
 def draw_positives(found: Positives) -> Figure:
-    """A panel a stage, objects thick, their predictions thin in one colour; below, the counts."""
+    """A panel a stage, objects thick, their predictions thin in one color; below, the counts."""
     stages, objects = found.counts.shape
     rows = -(-stages // PANELS_A_ROW)
     figure = _figure(5 * PANELS_A_ROW, 4 * rows + 3)
@@ -111,7 +111,7 @@ def draw_experts(weights: Tensor, temperature: float) -> Figure:
             color=[_color(e) for e in range(len(means))],
             alpha=1 if shift < 0 else 0.6,
         )
-    left.axhline(1 / len(means), color="grey", linestyle=":", linewidth=1)
+    left.axhline(1 / len(means), color="gray", linestyle=":", linewidth=1)
     left.set(
         xticks=range(len(means)),
         xticklabels=[str(e + 1) for e in range(len(means))],
@@ -131,7 +131,7 @@ def draw_experts(weights: Tensor, temperature: float) -> Figure:
 
 
 def draw_proposals(one: Proposals, other: Proposals) -> Figure:
-    """The proposals in both images, equal colours for equal indices, and how far they differ."""
+    """The proposals in both images, equal colors for equal indices, and how far they differ."""
     boxes, content = proposal_changes(one, other)
     figure = _figure(16, 5)
     *panels, right = figure.subplots(1, 3)

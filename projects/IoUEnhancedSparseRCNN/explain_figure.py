@@ -4,7 +4,7 @@
     python projects/IoUEnhancedSparseRCNN/explain_figure.py --image street.jpg --output why.png \\
         --config configs/IoUEnhancedSparseRCNN/iou_sparse_rcnn_r50_100pro_3x.yaml --weights x.pth
 
-Above: whom the query listens to, with the scores of this checkpoint normalised once without and
+Above: whom the query listens to, with the scores of this checkpoint normalized once without and
 once with the IoU prior. Below, where the model has channel weighting: both channel masks, and where
 in the box the features that they pass are strong. B images, N queries, C channels, R = B * N, P
 pooled positions.
@@ -97,7 +97,7 @@ def explain(
 
     Args:
         model: with IoU-enhanced attention, in evaluation mode.
-        image: (3, H, W) in the model's colour order.
+        image: (3, H, W) in the model's color order.
         stage: index of the stage, negative from the last.
         query: index of the query; default: the one with the best score in the end.
 
@@ -156,7 +156,7 @@ def draw(explanation: Explanation, image_rgb: np.ndarray) -> Figure:
     _draw_attention(left, image_rgb, explanation, explanation.plain)
     left.set_title(f"attention without IoU\n{wasted}")
     _draw_attention(right, image_rgb, explanation, explanation.enhanced)
-    right.set_title("attention times IoU, normalised")
+    right.set_title("attention times IoU, normalized")
     if lower:
         _draw_masks(lower[0], image_rgb, explanation)
     return figure
@@ -177,11 +177,11 @@ def _draw_attention(axes: Axes, image_rgb: np.ndarray, seen: Explanation, weight
     axes.set(xlim=(0, width), ylim=(height, 0))
 
 
-def _add_box(axes: Axes, box: Tensor, colour: object, width: float, alpha: float) -> None:
+def _add_box(axes: Axes, box: Tensor, color: object, width: float, alpha: float) -> None:
     x1, y1, x2, y2 = box.tolist()
     axes.add_patch(
         Rectangle(
-            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=width, alpha=alpha
+            (x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=color, linewidth=width, alpha=alpha
         )
     )
 

@@ -1,4 +1,4 @@
-"""COCO-format annotation files: what is mended and reported, and what stops the run."""
+"""COCO-format annotation files: what is repaired and reported, and what stops the run."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _other_contents() -> Iterator[Case]:
         ("a number", 3, "it holds a int"),
         ("an empty object", {}, "it has: nothing"),
         ("an empty model", {"model": {}}, "it has: nothing"),
-        ("an optimiser", {"state": {}, "param_groups": []}, "it has: state, param_groups"),
+        ("an optimizer", {"state": {}, "param_groups": []}, "it has: state, param_groups"),
         ("text in the model", {"model": {"a": "b"}}, "it has: a"),
         ("a model in a model", {"model": {"model": {"a": torch.zeros(1)}}}, "it has: model"),
     ):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from asag.engine import launch
 
-from .common import Case, Complained, expect
+from .common import Case, Refused, expect
 
 
 def cases(seed: int) -> list[Case]:
@@ -18,7 +18,7 @@ def cases(seed: int) -> list[Case]:
 
 
 def _printed(*words: str) -> Callable[[Path], str]:
-    """Runs the command line, which must complain: exit code 2 and a message on stderr."""
+    """Runs the command line, which must report an error: exit code 2 and a message on stderr."""
 
     def run(folder: Path) -> str:
         options = [word.replace("{folder}", str(folder)) for word in words]
@@ -26,8 +26,8 @@ def _printed(*words: str) -> Callable[[Path], str]:
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
             code = launch.main(["--num-gpus", "0", *options, *fixed])
-        expect(code == launch.COMPLAINT, f"the exit code is {code}: {errors.getvalue()}")
-        raise Complained(errors.getvalue())
+        expect(code == launch.USER_ERROR, f"the exit code is {code}: {errors.getvalue()}")
+        raise Refused(errors.getvalue())
 
     return run
 

@@ -23,7 +23,7 @@ class WrongResult(Exception):
     """Malformed input was taken, but not as the case says."""
 
 
-class Complained(Exception):
+class Refused(Exception):
     """What the command line printed before it ended with the exit code for users' errors."""
 
 
@@ -68,8 +68,8 @@ def judge(case: Case, folder: Path) -> str | None:
         return f"did not end within {TIMEOUT:.0f} s"
     except WrongResult as error:
         return f"was taken, but wrongly: {error}"
-    except Complained as complaint:
-        return _lacking((*case.says, case.remedy or ""), str(complaint))
+    except Refused as issue:
+        return _lacking((*case.says, case.remedy or ""), str(issue))
     except Exception as error:
         return _judge_error(case, error)
     if case.remedy is not None:

@@ -1,4 +1,4 @@
-"""Configurations: numbers out of range, names that no room has, unknown keys, broken files."""
+"""Configurations: numbers out of range, names that no component has, unknown keys, broken files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ CHOICES = (
     "MODEL.CRITERION.NAME",
     "MODEL.CRITERION.CLASS_LOSS",
     "MODEL.CRITERION.L1_FORMAT",
-    "MODEL.CRITERION.NORMALISER",
+    "MODEL.CRITERION.NORMALizER",
     "MODEL.DECODER.SELF_ATTENTION",
     "MODEL.DECODER.ACTIVATION",
     "MODEL.DECODER.DISENTANGLE",
@@ -246,9 +246,7 @@ def _files() -> Iterator[Case]:
 
         happens = "names the file and the place"
         title = "file that is no configuration"
-        yield Case(
-            "configuration", title, name, happens, run, ("wrong.yaml", says), "Mend the file"
-        )
+        yield Case("configuration", title, name, happens, run, ("wrong.yaml", says), "Fix the file")
     for name, content, says in (
         ("unknown key", b"MODEL:\n  DEVICES: cpu\n", "MODEL.DEVICES"),
         ("value for a section", b"SOLVER: 5\n", "unknown configuration key SOLVER"),

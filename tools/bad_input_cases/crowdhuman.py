@@ -16,7 +16,7 @@ from .common import Case, expect
 
 FILE = "annotation_train.odgt"
 LINES = 3
-REMEDY = "mend or remove the line"
+REMEDY = "fix or remove the line"
 
 
 def cases(seed: int) -> list[Case]:
@@ -60,7 +60,7 @@ def _broken(title: str, name: str, happens: str, row: int, line: bytes, *says: s
 
 
 def _lines(rng: np.random.Generator) -> Iterator[Case]:
-    happens = "names the line; mend or remove it"
+    happens = "names the line; fix or remove it"
     text = json.dumps(record(1)).encode()
     for i, share in enumerate(np.sort(rng.uniform(0.05, 0.95, size=5))):
         row, content = int(rng.integers(LINES)), text[: int(len(text) * share)]

@@ -48,7 +48,7 @@ def cases(seed: int) -> list[Case]:
 
 
 def picture() -> Image.Image:
-    """Smooth, different in every corner, so that every wrong turn or colour shows."""
+    """Smooth, different in every corner, so that every wrong turn or color shows."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     channels = 40 + 3 * y, 30 + 3 * x, 220 - 2 * x - y
     return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
@@ -76,13 +76,13 @@ def _mapper(max_size: int) -> SparseDetectionMapper:
     return SparseDetectionMapper(cfg, is_train=True)
 
 
-def _looks(save: Callable[[Path], Path], tolerance: float, grey: str = "") -> Callable:
-    """Saves the picture, loads it and compares it with what is left of it in the mode `grey`;
+def _looks(save: Callable[[Path], Path], tolerance: float, gray: str = "") -> Callable:
+    """Saves the picture, loads it and compares it with what is left of it in the mode `gray`;
     tolerance is the mean error in steps of 0 to 255."""
 
     def run(folder: Path) -> str:
         seen = load(save(folder)).astype(float)
-        wanted = picture().convert(grey).convert("RGB") if grey else picture()
+        wanted = picture().convert(gray).convert("RGB") if gray else picture()
         expect(seen.shape == (HEIGHT, WIDTH, 3), f"it has the shape {seen.shape}")
         error = np.abs(seen - np.asarray(wanted, dtype=float)).mean()
         expect(error < tolerance, f"pixels are wrong by {error:.1f} on average")
@@ -112,10 +112,10 @@ def _modes() -> Iterator[Case]:
         return image
 
     def frames(name: str, **options: Any) -> Callable[[Path], Path]:
-        others = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "blue")]
+        others = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "blue")]
         return _saver(name, picture, save_all=True, append_images=others, **options)
 
-    # title, extension, how to save it, tolerance, mode without colours, what happens
+    # title, extension, how to save it, tolerance, mode without colors, what happens
     rows: list[tuple[str, str, Callable[[Path], Path], float, str, str]] = [
         ("CMYK", "jpg", _saver("a.jpg", converted("CMYK"), quality=95), 8, "", "converted"),
         ("CMYK", "tif", _saver("a.tif", converted("CMYK")), 3, "", "converted"),
@@ -123,9 +123,9 @@ def _modes() -> Iterator[Case]:
         ("CIELAB", "tif", _saver("a.tif", converted("LAB")), 12, "", "converted"),
         ("palette", "png", _saver("a.png", converted("P")), 20, "", "converted"),
         ("palette", "bmp", _saver("a.bmp", converted("P")), 20, "", "converted"),
-        ("grey", "png", _saver("a.png", converted("L")), 1, "L", "three equal channels"),
-        ("grey", "jpg", _saver("a.jpg", converted("L")), 4, "L", "three equal channels"),
-        ("grey with alpha", "png", _saver("a.png", converted("LA")), 1, "L", "alpha dropped"),
+        ("gray", "png", _saver("a.png", converted("L")), 1, "L", "three equal channels"),
+        ("gray", "jpg", _saver("a.jpg", converted("L")), 4, "L", "three equal channels"),
+        ("gray with alpha", "png", _saver("a.png", converted("LA")), 1, "L", "alpha dropped"),
         ("transparent", "png", _saver("a.png", with_alpha), 1, "", "alpha dropped"),
         (
             "transparent",
@@ -143,8 +143,8 @@ def _modes() -> Iterator[Case]:
         ("animated", "webp", frames("a.webp", lossless=True), 2, "", "its first frame"),
         ("several pages", "tif", frames("a.tif"), 1, "", "its first page"),
     ]
-    for title, extension, save, tolerance, grey, happens in rows:
-        run = _looks(save, tolerance, grey)
+    for title, extension, save, tolerance, gray, happens in rows:
+        run = _looks(save, tolerance, gray)
         yield Case("images", title, extension, happens, run)
 
     def floating(folder: Path) -> str:

@@ -118,12 +118,12 @@ def _batch_checks(
     if not fixed:
         yield Check(f"{name}.slots", found.anchors.valid.shape[1], expected["num_slots"], 0)
     for b, levels in enumerate(expected["per_image"]):
-        truth = torch.cat(list(levels))
-        truth = truth[truth[:, 4].argsort(descending=True)[: rules.max_anchors]]
+        gt = torch.cat(list(levels))
+        gt = gt[gt[:, 4].argsort(descending=True)[: rules.max_anchors]]
         rows = anchor_rows(found, b)
-        yield Check(f"{name}.{b}.anchors", aligned(rows, truth), truth, BOXES_PX)
-        truth = expected["padded_anchors"][b][expected["valid_mask"][b]]
-        yield Check(f"{name}.{b}.padded", aligned(rows[:, :4], truth), truth, BOXES_PX)
+        yield Check(f"{name}.{b}.anchors", aligned(rows, gt), gt, BOXES_PX)
+        gt = expected["padded_anchors"][b][expected["valid_mask"][b]]
+        yield Check(f"{name}.{b}.padded", aligned(rows[:, :4], gt), gt, BOXES_PX)
     probed = {f"P{x.level}": x for x in found.probed}
     for level in expected["levels"]:
         key, raw = level["level"], level["raw"]
@@ -147,9 +147,9 @@ def _batch_checks(
 def _fast_checks(
     name: str, found: GeneratedAnchors, expected: dict, rules: ProbingRules, fixed: bool
 ) -> Iterator[Check]:
-    truth = torch.cat((expected["anchors"], expected["scores"][:, None]), dim=1)
+    gt = torch.cat((expected["anchors"], expected["scores"][:, None]), dim=1)
     rows = anchor_rows(found, 0)
-    yield Check(f"{name}.anchors", aligned(rows, truth), truth, BOXES_PX)
+    yield Check(f"{name}.anchors", aligned(rows, gt), gt, BOXES_PX)
     probed = {x.level: x for x in found.probed}
     for patches in expected["patches"]:
         level = int(patches["level"])

@@ -33,7 +33,7 @@ from .asag_generator import aligned, anchor_rows, load, make_network, make_rules
 from .asag_training import to_whwh
 from .common import Check
 
-BOXES_PX, LOGITS, BOXES = 5e-4, 1e-4, 1e-5  # absolute tolerances; BOXES of normalised boxes
+BOXES_PX, LOGITS, BOXES = 5e-4, 1e-4, 1e-5  # absolute tolerances; BOXES of normalized boxes
 STRIDES = (4, 8, 16, 32)
 
 
@@ -118,13 +118,13 @@ def verify_block(case: dict[str, Any]) -> Iterator[Check]:
                 content, logits, boxes = block(
                     [inputs[f"p{i}"] for i in (2, 3, 4, 5)], anchors, mask
                 )
-            normalised = xyxy_to_cxcywh(boxes) / whwh[:, None]
+            normalized = xyxy_to_cxcywh(boxes) / whwh[:, None]
             kind = c["decoder_type"]
-            handed = boxes_to_xyzr(boxes) if kind == "A" else normalised
+            handed = boxes_to_xyzr(boxes) if kind == "A" else normalized
             for key, actual, atol in (
                 ("query_content", content, LOGITS),
                 ("cls_logits", logits, LOGITS),
-                ("proposals_cxcywh_norm", normalised, BOXES),
+                ("proposals_cxcywh_norm", normalized, BOXES),
                 ("query_boxes", handed, LOGITS if kind == "A" else BOXES),
             ):
                 yield Check(
@@ -158,10 +158,10 @@ def verify_decoder(case: dict[str, Any]) -> Iterator[Check]:
                     ("together", everything.logits[k], everything.boxes_xyxy[k]),
                     ("alone", alone.logits[-1], alone.boxes_xyxy[-1]),
                 ):
-                    normalised = xyxy_to_cxcywh(boxes) / whwh[:, None]
+                    normalized = xyxy_to_cxcywh(boxes) / whwh[:, None]
                     for key, actual, atol in (
                         ("cls_logits", logits, LOGITS),
-                        ("boxes_cxcywh_norm", normalised, BOXES),
+                        ("boxes_cxcywh_norm", normalized, BOXES),
                     ):
                         yield Check(
                             f"{name}.{k}.{title}.{key}",
@@ -307,18 +307,16 @@ def _end_to_end(
     outputs = [
         ("proposals", logits, boxes, expected["proposal_logits"], expected["proposal_boxes"])
     ]
-    for k, truth in enumerate(expected["heads"]):
+    for k, gt in enumerate(expected["heads"]):
         heads.main = k
         answer = heads(features, queries, sizes)
-        outputs.append(
-            (f"head{k}", *_last(answer), truth["cls_logits"], truth["boxes_cxcywh_norm"])
-        )
+        outputs.append((f"head{k}", *_last(answer), gt["cls_logits"], gt["boxes_cxcywh_norm"]))
         if expected.get("detections_per_head"):
             yield from _detections(f"{name}.head{k}", answer, sizes, case, k)
     for title, logits, boxes, true_logits, true_boxes in outputs:
-        normalised = xyxy_to_cxcywh(boxes) / scale
+        normalized = xyxy_to_cxcywh(boxes) / scale
         yield Check(f"{name}.{title}.logits", logits[valid], true_logits[valid], LOGITS, BOXES)
-        yield Check(f"{name}.{title}.boxes", normalised[valid], true_boxes[valid], BOXES, BOXES)
+        yield Check(f"{name}.{title}.boxes", normalized[valid], true_boxes[valid], BOXES, BOXES)
 
 
 def _last(predictions: Predictions) -> tuple[Tensor, Tensor]:
@@ -328,12 +326,12 @@ def _last(predictions: Predictions) -> tuple[Tensor, Tensor]:
 def _detections(
     name: str, predictions: Predictions, sizes: ImageSizes, case: dict[str, Any], head: int
 ) -> Iterator[Check]:
-    truth = case["expected"]["detections_per_head"][head]
-    found = select_detections(predictions, sizes.hw, top_k=len(truth["scores"]))[0]
+    gt = case["expected"]["detections_per_head"][head]
+    found = select_detections(predictions, sizes.hw, top_k=len(gt["scores"]))[0]
     scale = case["original_hw"][0] / torch.tensor(sizes.hw[0])
     boxes = found.pred_boxes.tensor * scale.flip(0).repeat(2)
-    yield Check(f"{name}.scores", found.scores, truth["scores"], LOGITS)
+    yield Check(f"{name}.scores", found.scores, gt["scores"], LOGITS)
     # Scores that are equal but for rounding may come in either order.
     rows = torch.cat((boxes, found.pred_classes[:, None].float()), dim=1)
-    stored = torch.cat((truth["boxes"], truth["labels"][:, None].float()), dim=1)
+    stored = torch.cat((gt["boxes"], gt["labels"][:, None].float()), dim=1)
     yield Check(f"{name}.boxes_and_labels", aligned(rows, stored), stored, 10 * BOXES_PX)

@@ -25,7 +25,7 @@ from asag.modeling.proposal_generator.asag.patch_targets import (
     quadrant_targets,
     whole_image_targets,
 )
-from asag.modeling.proposal_generator.asag.patches import centred_corners
+from asag.modeling.proposal_generator.asag.patches import centered_corners
 from asag.modeling.proposal_generator.asag.training_patches import (
     PatchCompletion,
     PatchKind,
@@ -57,7 +57,7 @@ def to_whwh(image_hw: Tensor) -> Tensor:
 
 
 def read_targets(targets: Sequence[dict[str, Tensor]], whwh: Tensor) -> Targets:
-    """Normalised cxcywh boxes and labels -> padded ground truth."""
+    """Normalized cxcywh boxes and labels -> padded ground truth."""
     boxes = [cxcywh_to_xyxy(x["boxes"]) * size for x, size in zip(targets, whwh, strict=True)]
     return Targets.from_lists(boxes, [x["labels"] for x in targets], whwh)
 
@@ -100,7 +100,7 @@ def verify_training_patches(case: dict[str, Any]) -> Iterator[Check]:
     position = case["crop_position"]
     whwh = to_whwh(position["image_hw"])
     for level in position["levels"]:
-        corner = centred_corners(
+        corner = centered_corners(
             level["centers_xy_px"][:, None], whwh[level["image_index"]], level["stride"], SIDE
         )
         title = f"crop_position.stride{level['stride']}"
@@ -129,10 +129,10 @@ def verify_patch_targets(case: dict[str, Any]) -> Iterator[Check]:
         mask = torch.empty(len(index), 1, found.valid.shape[2], dtype=torch.bool)
         boxes[position[valid], 0] = found.boxes_cxcywh[valid]
         mask[position[valid], 0] = found.valid[valid]
-        truth = expected["patches"][start : start + len(index)]
+        gt = expected["patches"][start : start + len(index)]
         start += len(index)
         title = f"stride{level['stride']}"
-        yield from _compare(title, PatchTargets(boxes, mask), truth, targets, index.tolist())
+        yield from _compare(title, PatchTargets(boxes, mask), gt, targets, index.tolist())
 
 
 def _compare(
@@ -144,11 +144,11 @@ def _compare(
 ) -> Iterator[Check]:
     boxes, valid = found.boxes_cxcywh.flatten(0, 1), found.valid.flatten(0, 1)
     patches = found.valid.shape[1]
-    for i, truth in enumerate(expected):
+    for i, gt in enumerate(expected):
         image = images[i] if images is not None else i // patches
-        yield Check(f"{name}.{i}.boxes", boxes[i][valid[i]], truth["boxes"].view(-1, 4), BOXES)
+        yield Check(f"{name}.{i}.boxes", boxes[i][valid[i]], gt["boxes"].view(-1, 4), BOXES)
         labels = targets.labels[image][valid[i]]
-        yield Check(f"{name}.{i}.labels", labels, truth["labels"], 0)
+        yield Check(f"{name}.{i}.labels", labels, gt["labels"], 0)
 
 
 def verify_query_weights(case: dict[str, Any]) -> Iterator[Check]:
@@ -167,12 +167,12 @@ def verify_denoising(cases: dict[str, Any]) -> Iterator[Check]:
     for name, c in cases.items() if isinstance(cases, dict) else enumerate(cases):
         whwh = to_whwh(c["image_hw"])
         targets, slots, expected = read_targets(c["targets"], whwh), c["num_dn"], c["expected"]
-        truth, group = noised_truth(targets, slots)
-        boxes = noised_boxes(targets, truth, c["box_noise_scale"], constant(c["u"]))
+        gt, group = noised_truth(targets, slots)
+        boxes = noised_boxes(targets, gt, c["box_noise_scale"], constant(c["u"]))
         stored = expected["all_boxes_cxcywh_px"][:, :slots]
         yield Check(f"{name}.boxes", xyxy_to_cxcywh(boxes), stored, BOXES_PX)
         for b, labels in enumerate(expected["dn_target_labels"]):
-            own = truth[b][truth[b] >= 0]
+            own = gt[b][gt[b] >= 0]
             yield Check(f"{name}.{b}.labels", targets.labels[b][own], labels, 0)
             clean = xyxy_to_cxcywh(targets.boxes_xyxy[b][own] / whwh[b])
             stored = expected["dn_target_boxes"][b].view(-1, 4)
@@ -225,11 +225,11 @@ class LossCase:
 
     def _noised(self, case: dict[str, Any]) -> Tensor:
         """(B, D) int64: whole groups of all objects, then padding."""
-        truth = torch.full((len(case["targets"]), case["dn"]["num_dn"]), -1)
+        gt = torch.full((len(case["targets"]), case["dn"]["num_dn"]), -1)
         for b, copies in enumerate(case["dn"]["targets"]):
             count = len(copies["labels"])
-            truth[b, :count] = torch.arange(count) % max(self.targets.counts[b], 1)
-        return truth
+            gt[b, :count] = torch.arange(count) % max(self.targets.counts[b], 1)
+        return gt
 
     def generated(self) -> GeneratedAnchors:
         """The stored anchors, by image."""
@@ -327,12 +327,12 @@ class LossCase:
         }
         for key, found in flat.items():
             for i, pair in enumerate(expected.get(key, ())):
-                actual, truth = found[i], pair
+                actual, gt = found[i], pair
                 objects = valids[key][i] if key in valids else self._objects(groups, i)
                 # Stored targets are counted among the patch's own objects.
                 own = objects.nonzero()[:, 0]
-                truth = {"pred": pair["pred"], "target": own[pair["target"]]}
-                yield Check(f"match.{key}.{i}", *_as_rows(actual, truth), 0)
+                gt = {"pred": pair["pred"], "target": own[pair["target"]]}
+                yield Check(f"match.{key}.{i}", *_as_rows(actual, gt), 0)
 
     def _objects(self, groups: Sequence[Any], patch: int) -> Tensor:
         """(M,) bool, objects of a probed patch counted over all levels."""

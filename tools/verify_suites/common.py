@@ -1,4 +1,4 @@
-"""What the suites share: the comparison record and the complaint about cases nobody recognises."""
+"""What the suites share: the comparison record and the issue about cases nobody recognizes."""
 
 from __future__ import annotations
 

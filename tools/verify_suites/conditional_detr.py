@@ -59,7 +59,7 @@ def verify(path: Path) -> Iterator[Check]:
 
 
 class ModelCase:
-    """Our rooms with a case's weights, and what they answer to its images or features."""
+    """Our components with a case's weights, and what they answer to its images or features."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         self.case = case
@@ -270,7 +270,7 @@ def sizes_of_mask(padding: Tensor, dtype: torch.dtype) -> ImageSizes:
 
 
 def targets_of(targets: list[dict[str, Tensor]], whwh: Tensor) -> Targets:
-    """Normalised cxcywh boxes to padded pixel targets."""
+    """Normalized cxcywh boxes to padded pixel targets."""
     boxes = [
         cxcywh_to_xyxy(x["boxes"].to(whwh.dtype)) * size
         for x, size in zip(targets, whwh, strict=True)

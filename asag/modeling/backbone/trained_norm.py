@@ -42,7 +42,7 @@ class FixedStatisticsNorm2d(nn.Module):
 
 
 def learn_affine(module: nn.Module) -> nn.Module:
-    """Replaces every frozen norm below `module`, in place. Where the neighbouring weights are
+    """Replaces every frozen norm below `module`, in place. Where the neighboring weights are
     frozen, the affine map stays so, too."""
     trainable = any(p.requires_grad for p in module.parameters(recurse=False))
     for name, child in module.named_children():

@@ -24,7 +24,7 @@ HALVINGS = 5
 
 
 class ZeroPadding:
-    """Clears the padding in front of every convolution and pooling that looks at neighbours.
+    """Clears the padding in front of every convolution and pooling that looks at neighbors.
 
     Works by hooks on the network, which cost nothing where no image is padded.
 

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from ..registry import build_room
+from ..registry import build_component
 
 CRITERION_REGISTRY = Registry("CRITERION")
 CRITERION_REGISTRY.__doc__ = """
@@ -17,4 +17,6 @@ scalar losses`; `assignment` (S, B, N) is what a matcher returns.
 
 def build_criterion(cfg: CfgNode) -> nn.Module:
     """Builds the criterion named by `MODEL.CRITERION.NAME`."""
-    return build_room(CRITERION_REGISTRY, "MODEL.CRITERION.NAME", cfg.MODEL.CRITERION.NAME, cfg)
+    return build_component(
+        CRITERION_REGISTRY, "MODEL.CRITERION.NAME", cfg.MODEL.CRITERION.NAME, cfg
+    )

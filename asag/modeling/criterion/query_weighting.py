@@ -70,13 +70,13 @@ class QueryWeightingCriterion(SetCriterion):
         """Unweighted terms of each stage, (S,); arguments as in `SetCriterion.terms`."""
         logits = at_least_float32(predictions.logits)
         label = gather_targets(targets.labels, index)[..., None]  # (S, B, N, 1)
-        truth = gather_targets(targets.boxes_xyxy, index)  # (S, B, N, 4)
-        boxes = torch.where(matched[..., None], at_least_float32(predictions.boxes_xyxy), truth)
+        gt = gather_targets(targets.boxes_xyxy, index)  # (S, B, N, 4)
+        boxes = torch.where(matched[..., None], at_least_float32(predictions.boxes_xyxy), gt)
         scale = targets.image_whwh[:, None]
-        area = weigh_area(box_area(truth / scale), self.area_weight) * matched  # (S, B, N)
+        area = weigh_area(box_area(gt / scale), self.area_weight) * matched  # (S, B, N)
         answer = logits.gather(-1, label)[..., 0]
         with torch.no_grad():
-            score, iou = answer.sigmoid(), box_iou(boxes, truth)
+            score, iou = answer.sigmoid(), box_iou(boxes, gt)
             positive = area * self.query_weights.positive(score, iou)
             negative = area * self.query_weights.negative(score, iou)
 
@@ -85,9 +85,9 @@ class QueryWeightingCriterion(SetCriterion):
         of_matched = positive * F.softplus(-answer) + negative * F.softplus(answer)
         ce = torch.where(predictions.valid, others + of_matched, 0).sum(dim=(1, 2))
 
-        giou = (positive * (1 - box_giou(boxes, truth))).sum(dim=(1, 2))
-        boxes, truth = boxes / scale, truth / scale
+        giou = (positive * (1 - box_giou(boxes, gt))).sum(dim=(1, 2))
+        boxes, gt = boxes / scale, gt / scale
         if self.l1_format == "cxcywh":
-            boxes, truth = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(truth)
-        l1 = (positive * (boxes - truth).abs().sum(dim=-1)).sum(dim=(1, 2))
+            boxes, gt = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(gt)
+        l1 = (positive * (boxes - gt).abs().sum(dim=-1)).sum(dim=(1, 2))
         return {"ce": ce / norm, "bbox": l1 / norm, "giou": giou / norm}

@@ -24,7 +24,7 @@ class SetCriterion(nn.Module):
 
     Every prediction is compared with *its* ground truth (or with a dummy that is masked out), so
     several predictions may share one object, images may be empty and nothing needs a loop or a
-    synchronisation. All sums are taken in float32 whatever the autocast.
+    synchronization. All sums are taken in float32 whatever the autocast.
     """
 
     @configurable
@@ -39,7 +39,7 @@ class SetCriterion(nn.Module):
         focal_alpha: float = 0.25,
         focal_gamma: float = 2.0,
         no_object_weight: float = 0.1,
-        normaliser: str = "objects",
+        normalizer: str = "objects",
         deep_supervision: bool = True,
     ) -> None:
         """
@@ -50,20 +50,20 @@ class SetCriterion(nn.Module):
             l1_format: "xyxy" or "cxcywh", boxes divided by the image size.
             focal_alpha, focal_gamma: of the focal loss.
             no_object_weight: weight of background in the cross entropy.
-            normaliser: divide by the number of "objects" or, per stage, of "positives".
+            normalizer: divide by the number of "objects" or, per stage, of "positives".
             deep_supervision: a loss for every stage, or for the last one only.
         """
         super().__init__()
         check_choice("MODEL.CRITERION.CLASS_LOSS", class_loss, ("focal", "softmax"))
         check_choice("MODEL.CRITERION.L1_FORMAT", l1_format, ("xyxy", "cxcywh"))
-        check_choice("MODEL.CRITERION.NORMALISER", normaliser, ("objects", "positives"))
+        check_choice("MODEL.CRITERION.NORMALizER", normalizer, ("objects", "positives"))
         self.class_loss = class_loss
         self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
         self.l1_format = l1_format
         self.focal_alpha = focal_alpha
         self.focal_gamma = focal_gamma
         self.no_object_weight = no_object_weight
-        self.normaliser = normaliser
+        self.normalizer = normalizer
         self.deep_supervision = deep_supervision
 
     @classmethod
@@ -78,7 +78,7 @@ class SetCriterion(nn.Module):
             "focal_alpha": c.FOCAL_ALPHA,
             "focal_gamma": c.FOCAL_GAMMA,
             "no_object_weight": c.NO_OBJECT_WEIGHT,
-            "normaliser": c.NORMALISER,
+            "normalizer": c.NORMALizER,
             "deep_supervision": c.DEEP_SUPERVISION,
         }
 
@@ -97,11 +97,11 @@ class SetCriterion(nn.Module):
             predictions, assignment = predictions.last(), assignment[-1:]
         losses = self.stage_losses(predictions, targets, assignment, "loss_")
         if predictions.noised is not None:
-            noised, truth = predictions.noised.predictions, predictions.noised.truth
-            truth = truth.expand(noised.num_stages, -1, -1)
+            noised, gt = predictions.noised.predictions, predictions.noised.gt
+            gt = gt.expand(noised.num_stages, -1, -1)
             # Divided by all slots, used or not, as in the authors' code of ASAG.
             slots = noised.logits.new_full((noised.num_stages,), max(noised.valid.numel(), 1))
-            losses |= self.stage_losses(noised, targets, truth, "loss_dn_", at_least_float32(slots))
+            losses |= self.stage_losses(noised, targets, gt, "loss_dn_", at_least_float32(slots))
         return losses
 
     def stage_losses(
@@ -117,7 +117,7 @@ class SetCriterion(nn.Module):
         matched = (assignment >= 0) & predictions.valid  # (S, B, N)
         index = assignment.clamp(min=0)
         if norm is None:
-            norm = self._normaliser(matched, targets)  # (S,)
+            norm = self._normalizer(matched, targets)  # (S,)
         terms = self.terms(predictions, targets, index, matched, norm)
         last = predictions.num_stages - 1
         return {
@@ -154,10 +154,10 @@ class SetCriterion(nn.Module):
         """Unweighted class loss of each stage, (S,)."""
         logits = at_least_float32(predictions.logits)
         if self.class_loss == "focal":
-            truth = torch.zeros_like(logits)
-            truth.scatter_(-1, labels[..., None], matched[..., None].to(logits.dtype))
+            gt = torch.zeros_like(logits)
+            gt.scatter_(-1, labels[..., None], matched[..., None].to(logits.dtype))
             loss = sigmoid_focal_loss(
-                logits, truth, alpha=self.focal_alpha, gamma=self.focal_gamma, reduction="none"
+                logits, gt, alpha=self.focal_alpha, gamma=self.focal_gamma, reduction="none"
             )
             return (loss * predictions.valid[..., None]).sum(dim=(1, 2, 3)) / norm
         background = logits.shape[-1] - 1
@@ -176,21 +176,21 @@ class SetCriterion(nn.Module):
         norm: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Unweighted L1 and GIoU loss of each stage, both (S,)."""
-        truth = gather_targets(targets.boxes_xyxy, index)  # (S, B, N, 4)
+        gt = gather_targets(targets.boxes_xyxy, index)  # (S, B, N, 4)
         # Unmatched predictions are replaced before the arithmetic: masking afterwards would turn an
         # infinite box into NaN gradients.
-        boxes = torch.where(matched[..., None], at_least_float32(predictions.boxes_xyxy), truth)
-        giou = ((1 - box_giou(boxes, truth)) * matched).sum(dim=(1, 2))
+        boxes = torch.where(matched[..., None], at_least_float32(predictions.boxes_xyxy), gt)
+        giou = ((1 - box_giou(boxes, gt)) * matched).sum(dim=(1, 2))
         scale = targets.image_whwh[:, None]
-        boxes, truth = boxes / scale, truth / scale
+        boxes, gt = boxes / scale, gt / scale
         if self.l1_format == "cxcywh":
-            boxes, truth = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(truth)
-        l1 = ((boxes - truth).abs().sum(dim=-1) * matched).sum(dim=(1, 2))
+            boxes, gt = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(gt)
+        l1 = ((boxes - gt).abs().sum(dim=-1) * matched).sum(dim=(1, 2))
         return l1 / norm, giou / norm
 
-    def _normaliser(self, matched: Tensor, targets: Targets) -> Tensor:
+    def _normalizer(self, matched: Tensor, targets: Targets) -> Tensor:
         """(S,) what sums are divided by: mean over the workers, at least one."""
-        if self.normaliser == "positives":
+        if self.normalizer == "positives":
             count = matched.sum(dim=(1, 2)).to(targets.boxes_xyxy.dtype)
         else:
             count = targets.valid.sum().to(targets.boxes_xyxy.dtype).expand(len(matched)).clone()

@@ -24,13 +24,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    """Centre and size -> corners, (..., 4)."""
-    centre, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
-    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
+    """Center and size -> corners, (..., 4)."""
+    center, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
+    return torch.cat((center - size / 2, center + size / 2), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    """Corners -> centre and size, (..., 4)."""
+    """Corners -> center and size, (..., 4)."""
     low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
@@ -55,7 +55,7 @@ def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
 
 
 def box_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    """Generalised IoU in [-1, 1] (Rezatofighi et al., CVPR 2019): IoU minus the empty share of the
+    """Generalized IoU in [-1, 1] (Rezatofighi et al., CVPR 2019): IoU minus the empty share of the
     hull."""
     intersection, union = intersection_and_union(boxes_a, boxes_b)
     width, height = _overlap(boxes_a, boxes_b, torch.maximum, torch.minimum)
@@ -87,16 +87,16 @@ def _divisor(area: Tensor) -> Tensor:
 def decode_deltas(
     deltas: Tensor,
     boxes_xyxy: Tensor,
-    centre_weight: float = 2.0,
+    center_weight: float = 2.0,
     size_weight: float = 1.0,
 ) -> Tensor:
     """Moves and scales boxes by what a stage predicts.
 
     Args:
-        deltas: (..., 4) dx, dy in units of the box side times `centre_weight`, and dw, dh as log
+        deltas: (..., 4) dx, dy in units of the box side times `center_weight`, and dw, dh as log
             factors times `size_weight`.
         boxes_xyxy: (..., 4) boxes that entered the stage.
-        centre_weight, size_weight: divisors of the deltas. Numbers, not a tensor, which would have
+        center_weight, size_weight: divisors of the deltas. Numbers, not a tensor, which would have
             to be copied to the device in every stage.
 
     Returns:
@@ -104,7 +104,7 @@ def decode_deltas(
         not clipped to the image.
     """
     deltas, boxes = at_least_float32(deltas), xyxy_to_cxcywh(at_least_float32(boxes_xyxy))
-    centre, size = boxes[..., :2], boxes[..., 2:]
-    centre = centre + deltas[..., :2] / centre_weight * size
+    center, size = boxes[..., :2], boxes[..., 2:]
+    center = center + deltas[..., :2] / center_weight * size
     size = size * (deltas[..., 2:] / size_weight).clamp(max=MAX_LOG_SCALE).exp()
-    return torch.cat((centre - size / 2, centre + size / 2), dim=-1)
+    return torch.cat((center - size / 2, center + size / 2), dim=-1)

@@ -1,4 +1,4 @@
-"""What a room asks where the best way to compute differs between running and being exported."""
+"""Detection of an export in progress, for modules that compute differently then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the feature maps that a room asks for."""
+"""Checks of the feature maps that a component asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initialisation shared by the decoders of this family."""
+"""Initialization shared by the decoders of this family."""
 
 from __future__ import annotations
 

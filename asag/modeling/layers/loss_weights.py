@@ -55,13 +55,13 @@ class QueryWeights:
     @torch.no_grad()
     def positive(self, score: Tensor, iou: Tensor) -> Tensor:
         """w_pos of Eq. 1: how good the pair is, about 0.19 to 1."""
-        return _normalise(score**self.score_exponent * iou**self.iou_exponent)
+        return _normalize(score**self.score_exponent * iou**self.iou_exponent)
 
     @torch.no_grad()
     def negative(self, score: Tensor, iou: Tensor) -> Tensor:
         """w_neg of Eqs. 2 and 3: how sure a badly placed query is of itself, 0 to about 0.81."""
         badness = negative_probability(iou**self.iou_exponent)
-        return _normalise(score**self.score_exponent * badness) - _BOTTOM
+        return _normalize(score**self.score_exponent * badness) - _BOTTOM
 
 
 def negative_probability(x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def negative_probability(x: Tensor) -> Tensor:
     return torch.where(x < 0.5, torch.ones_like(x), (1 - x.square()) / 0.75)
 
 
-def _normalise(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     return ((x - _SHIFT) * _SLOPE).sigmoid() / _TOP
 
 

@@ -46,7 +46,7 @@ class OverlapSelfAttention(SelfAttention):
 
 
 class PositionedSelfAttention(nn.Module):
-    """Adds the position of each box to its query, attends, adds, normalises.
+    """Adds the position of each box to its query, attends, adds, normalizes.
 
     The residual carries the position as well, so that all that follows knows where it looks.
     """

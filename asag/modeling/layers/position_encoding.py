@@ -63,7 +63,7 @@ def valid_cells(
         sizes: of the images and of the padded batch.
         feature_hw: H, W.
         stride: pixels a cell: every cell that begins inside of the image is valid, which is the
-            feature map that the image has by itself. None takes the pixel that a nearest-neighbour
+            feature map that the image has by itself. None takes the pixel that a nearest-neighbor
             resize of the pixel mask would take, as the authors of DETR do; the two differ where the
             padded size is no multiple of the stride.
     """
@@ -99,7 +99,7 @@ class FeaturePositions:
     """Position embedding and validity of the cells of a feature map.
 
     Without padding the embedding depends on the map's shape alone and is kept for the next image of
-    that shape; with padding it is kept for the next room that asks.
+    that shape; with padding it is kept for the next component that asks.
     """
 
     def __init__(self, *, dim: int, stride: int | None = None) -> None:

@@ -50,7 +50,7 @@ class PyramidRoIAlign(nn.Module):
     """Batched RoIAlign with the numbers of Detectron2's `ROIPooler`, without its loop that asks the
     device, level by level, which boxes belong there (24 stalls of a GPU in six stages).
 
-    Two methods, both with static shapes and without synchronisation:
+    Two methods, both with static shapes and without synchronization:
 
     - "kernel" (on a GPU): torchvision's kernel sees all boxes on every level. Those of other levels
       are moved out of the map, where the kernel returns zero at once, and the levels are summed.

@@ -1,4 +1,4 @@
-"""AdaMixer's box coordinates: centre, scale and aspect, (x, y, z, r).
+"""AdaMixer's box coordinates: center, scale and aspect, (x, y, z, r).
 
 Gao et al., "AdaMixer", CVPR 2022, Section 3.1, with the authors' units: pixels of the finest map.
 z = log2 of the geometric mean of the sides, r = half of the log2 of height over width. B images, N
@@ -17,7 +17,7 @@ from .init import prior_bias, xavier_init_matrices
 UNIT = 4.0  # image pixels a coordinate unit: one cell of P2
 EPS = 1e-7
 TEMPERATURE = 10000.0
-CENTRE_SCALE = 1000.0  # divides x and y before they are encoded
+CENTER_SCALE = 1000.0  # divides x and y before they are encoded
 
 
 def boxes_to_xyzr(boxes_xyxy: Tensor) -> Tensor:
@@ -31,16 +31,16 @@ def boxes_to_xyzr(boxes_xyxy: Tensor) -> Tensor:
 
 def xyzr_to_boxes(xyzr: Tensor) -> Tensor:
     """(x, y, z, r) -> corners in pixels, (..., 4)."""
-    centre, z, r = xyzr[..., :2], xyzr[..., 2], xyzr[..., 3]
+    center, z, r = xyzr[..., :2], xyzr[..., 2], xyzr[..., 3]
     size = torch.stack(((z - r).exp2(), (z + r).exp2()), dim=-1)
-    return cxcywh_to_xyxy(torch.cat((centre, size), dim=-1)) * UNIT
+    return cxcywh_to_xyxy(torch.cat((center, size), dim=-1)) * UNIT
 
 
 def move_xyzr(xyzr: Tensor, delta: Tensor) -> Tensor:
-    """Moves the centre in units of the box's scale, and scale and aspect by addition."""
+    """Moves the center in units of the box's scale, and scale and aspect by addition."""
     delta = at_least_float32(delta)
-    centre = xyzr[..., :2] + delta[..., :2] * xyzr[..., 2:3].exp2()
-    return torch.cat((centre, xyzr[..., 2:] + delta[..., 2:]), dim=-1)
+    center = xyzr[..., :2] + delta[..., :2] * xyzr[..., 2:3].exp2()
+    return torch.cat((center, xyzr[..., 2:] + delta[..., 2:]), dim=-1)
 
 
 def encode_xyzr(xyzr: Tensor, dim: int) -> Tensor:
@@ -51,7 +51,7 @@ def encode_xyzr(xyzr: Tensor, dim: int) -> Tensor:
         2, rounding_mode="floor"
     )
     period = TEMPERATURE ** (2 * pair / features)
-    scaled = torch.cat((xyzr[..., :2] / CENTRE_SCALE, xyzr[..., 2:]), dim=-1)
+    scaled = torch.cat((xyzr[..., :2] / CENTER_SCALE, xyzr[..., 2:]), dim=-1)
     angle = scaled[..., None] / period  # (..., 4, features)
     even = torch.arange(features, device=xyzr.device) % 2 == 0
     return torch.where(even, angle.sin(), angle.cos()).flatten(-2)
@@ -109,7 +109,7 @@ class XYZRPredictor(nn.Module):
 
 
 def scale_of(xyzr: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre and size in pixels of (..., 4), each (..., 2)."""
+    """Center and size in pixels of (..., 4), each (..., 2)."""
     z, r = xyzr[..., 2], xyzr[..., 3]
     size = torch.stack(((z - r).exp2(), (z + r).exp2()), dim=-1)
     return xyzr[..., :2] * UNIT, size * UNIT

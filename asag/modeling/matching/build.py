@@ -6,7 +6,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from ..registry import build_room
+from ..registry import build_component
 
 MATCHER_REGISTRY = Registry("MATCHER")
 MATCHER_REGISTRY.__doc__ = """
@@ -18,4 +18,4 @@ gradient.
 
 def build_matcher(cfg: CfgNode) -> nn.Module:
     """Builds the matcher named by `MODEL.MATCHER.NAME`."""
-    return build_room(MATCHER_REGISTRY, "MODEL.MATCHER.NAME", cfg.MODEL.MATCHER.NAME, cfg)
+    return build_component(MATCHER_REGISTRY, "MODEL.MATCHER.NAME", cfg.MODEL.MATCHER.NAME, cfg)

@@ -35,7 +35,7 @@ class MatchingCost:
 
     Attributes:
         class_weight: weight of the class term.
-        l1_weight: weight of the L1 distance of boxes normalised by the image size.
+        l1_weight: weight of the L1 distance of boxes normalized by the image size.
         giou_weight: weight of the negative GIoU.
         class_cost: "focal" (sigmoid, one column a class) or "softmax" (negative probability).
         box_format: format in which the L1 distance is taken, "xyxy" or "cxcywh".
@@ -86,14 +86,14 @@ class MatchingCost:
     def l1(self, boxes_xyxy: Tensor, targets: Targets) -> Tensor:
         """Unweighted L1 cost (S, B, N, M) of boxes divided by the size of their image."""
         scale = targets.image_whwh[:, None]
-        boxes, truth = boxes_xyxy / scale, targets.boxes_xyxy / scale
+        boxes, gt = boxes_xyxy / scale, targets.boxes_xyxy / scale
         if self.box_format == "cxcywh":
-            boxes, truth = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(truth)
-        # One (S, B, N, M) plane a coordinate: never materialises (S, B, N, M, 4).
-        return sum((boxes[..., :, None, i] - truth[:, None, :, i]).abs() for i in range(4))
+            boxes, gt = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(gt)
+        # One (S, B, N, M) plane a coordinate: never materializes (S, B, N, M, 4).
+        return sum((boxes[..., :, None, i] - gt[:, None, :, i]).abs() for i in range(4))
 
     def giou(self, boxes_xyxy: Tensor, targets: Targets) -> Tensor:
-        """Generalised IoU (S, B, N, M) of every pair."""
+        """Generalized IoU (S, B, N, M) of every pair."""
         return box_giou(boxes_xyxy[..., :, None, :], targets.boxes_xyxy[:, None])
 
     @torch.no_grad()

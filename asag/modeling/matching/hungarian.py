@@ -78,13 +78,13 @@ def solve_assignment(cost: np.ndarray, usable: np.ndarray, counts: tuple[int, ..
         for s in range(cost.shape[0]):
             problem = cost[s, b, rows, :count]
             if not np.isfinite(problem).all():
-                raise NonFiniteCostError(_complaint(problem, s, b))
+                raise NonFiniteCostError(_message(problem, s, b))
             queries, objects = linear_sum_assignment(problem)
             assignment[s, b, rows[queries]] = objects
     return assignment
 
 
-def _complaint(problem: np.ndarray, stage: int, image: int) -> str:
+def _message(problem: np.ndarray, stage: int, image: int) -> str:
     bad = ~np.isfinite(problem)
     return (
         f"{int(bad.sum())} of {bad.size} matching costs are NaN or infinite in stage {stage}, "

@@ -135,12 +135,12 @@ class SinkhornTransport:
     For any row potentials u, giving each column the row of least `cost - u` is optimal among the
     assignments with the same row counts (linear programming duality). Sinkhorn iterations are a
     batched way to potentials whose counts nearly meet the supplies. A problem stops once they do:
-    it is then solved exactly. What the bounded iterations leave, `repair_assignment` mends along
+    it is then solved exactly. What the bounded iterations leave, `repair_assignment` repairs along
     shortest paths. No step waits for the device; on the CPU the loop ends once all problems have.
 
     The bounds suffice for the optimum, or well within 1 % of it, unless dozens of costs in a row
     are exactly equal (within some percent) or fractional supplies leave the choice of which ground
-    truths to serve (within some 15 %). Row counts never exceed their bounds.
+    ground truths to serve (within some 15 %). Row counts never exceed their bounds.
 
     `epsilon_start == epsilon`, `relaxation=1` and `repair_rounds=0` give OTA's plain iterations.
 
@@ -211,7 +211,7 @@ class SinkhornTransport:
         """Potentials (P, R), assignment (P, N) in 0..M and marginal error (P,) of each problem when
         it stopped.
 
-        The state is (u + v - cost) / epsilon. A normalisation over rows or columns shifts u or v,
+        The state is (u + v - cost) / epsilon. A normalization over rows or columns shifts u or v,
         and a new epsilon scales it, so the potentials themselves are never needed on the way.
         """
         every_supply = with_background_supply(supply, rows.shape[-1])[..., None]

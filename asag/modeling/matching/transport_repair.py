@@ -1,10 +1,10 @@
-"""Mending an assignment whose row counts miss their supplies, along shortest paths.
+"""Repairing an assignment whose row counts miss their supplies, along shortest paths.
 
 An assignment that gives every column the row of least `cost - potential` is optimal for its own row
 counts. Moving one column from row a to row b costs the slack of b there; a chain of such moves
 hands one unit from a row with too many columns to a row with too few. The cheapest chain keeps the
 assignment optimal for its new counts (successive shortest paths, with Johnson's potentials to keep
-lengths non-negative), so mending ends in the transport optimum if its rounds suffice.
+lengths non-negative), so repairing ends in the transport optimum if its rounds suffice.
 
 Ties are settled before, many units at a time: columns to which another row means as much change
 over directly. What the chains leave is settled the same way whatever it costs.
@@ -81,10 +81,10 @@ def repair_assignment(
     """
     assignment = _settle(rows, potentials, assignment, bounds, tolerance=tie)
     for _ in range(rounds):
-        spare, room = _ends(count_rows(assignment, rows.shape[1]), bounds)
-        if all_free(room == 0):
+        spare, space = _ends(count_rows(assignment, rows.shape[1]), bounds)
+        if all_free(space == 0):
             return assignment
-        potentials, assignment = _move_one_unit(rows, potentials, assignment, spare > 0, room > 0)
+        potentials, assignment = _move_one_unit(rows, potentials, assignment, spare > 0, space > 0)
     assignment = _settle(rows, potentials, assignment, bounds, tolerance=torch.inf)
     return _drop_excess(rows - potentials[..., None], assignment, bounds)
 
@@ -112,15 +112,15 @@ def _settle(
     _, num_rows, num_columns = rows.shape
     reduced = rows - potentials[..., None] + JITTER * _scatter(num_rows, num_columns, rows.device)
     for _ in range(SETTLING_ROUNDS):
-        spare, room = _ends(count_rows(assignment, num_rows), bounds)
-        if all_free(room == 0):
+        spare, space = _ends(count_rows(assignment, num_rows), bounds)
+        if all_free(space == 0):
             break
         extra = reduced - reduced.gather(1, assignment[:, None])
-        price, taker = extra.masked_fill((room == 0)[..., None], torch.inf).min(dim=1)  # (P, N)
+        price, taker = extra.masked_fill((space == 0)[..., None], torch.inf).min(dim=1)  # (P, N)
         willing = (spare.gather(1, assignment) > 0) & (price <= tolerance) & price.isfinite()
         ahead = _served_first(price.masked_fill(~willing, torch.inf))
         to_same = (ahead & (taker[:, None] == taker[..., None])).sum(dim=-1)
-        moves = willing & (to_same < room.gather(1, taker))
+        moves = willing & (to_same < space.gather(1, taker))
         from_same = ahead & moves[:, None] & (assignment[:, None] == assignment[..., None])
         moves &= from_same.sum(dim=-1) < spare.gather(1, assignment)
         assignment = torch.where(moves, taker, assignment)
@@ -153,11 +153,11 @@ def _move_one_unit(
     distance = torch.where(takers, 0.0, torch.inf)
     for _ in range(min(MAX_HOPS, rows.shape[1] - 1)):
         distance = torch.minimum(distance, (price + distance[..., None]).amin(dim=1))
-    towards = (price + distance[..., None]).argmin(dim=1)  # next row on the way to a taker
+    toward = (price + distance[..., None]).argmin(dim=1)  # next row on the way to a taker
 
     length, start = distance.masked_fill(~givers, torch.inf).min(dim=1, keepdim=True)
-    on_chain = _follow(start, towards, takers) & length.isfinite()
-    assignment = _shift_along(on_chain & ~takers, towards, slack, price, assignment)
+    on_chain = _follow(start, toward, takers) & length.isfinite()
+    assignment = _shift_along(on_chain & ~takers, toward, slack, price, assignment)
     descent = torch.where(length.isfinite(), torch.minimum(distance, length), 0)
     return potentials - descent, assignment
 
@@ -169,29 +169,29 @@ def _pair_prices(slack: Tensor, assignment: Tensor) -> Tensor:
     return price.scatter_reduce_(2, assignment[:, None].expand_as(slack), slack, "amin")
 
 
-def _follow(start: Tensor, towards: Tensor, takers: Tensor) -> Tensor:
+def _follow(start: Tensor, toward: Tensor, takers: Tensor) -> Tensor:
     """(P, R) bool, rows from `start` (P, 1) to a taker; all False where none is reached."""
-    itself = torch.arange(towards.shape[1], device=towards.device).expand_as(towards)
-    step = torch.where(takers, itself, towards)
+    itself = torch.arange(toward.shape[1], device=toward.device).expand_as(toward)
+    step = torch.where(takers, itself, toward)
     visited = torch.zeros_like(takers).scatter_(1, start, True)
     current = start
-    for _ in range(min(MAX_HOPS + 1, towards.shape[1] - 1)):
+    for _ in range(min(MAX_HOPS + 1, toward.shape[1] - 1)):
         current = step.gather(1, current)
         visited = visited.scatter_(1, current, True)
     return visited & takers.gather(1, current)
 
 
 def _shift_along(
-    leaving: Tensor, towards: Tensor, slack: Tensor, price: Tensor, assignment: Tensor
+    leaving: Tensor, toward: Tensor, slack: Tensor, price: Tensor, assignment: Tensor
 ) -> Tensor:
-    """Moves the cheapest column of every row in `leaving` (P, R) on to the row `towards` it."""
+    """Moves the cheapest column of every row in `leaving` (P, R) on to the row `toward` it."""
     num_columns = assignment.shape[1]
-    target = towards.gather(1, assignment)  # (P, N), where each column would go
+    target = toward.gather(1, assignment)  # (P, N), where each column would go
     move_slack = slack.gather(1, target[:, None]).squeeze(1)
-    least = price.gather(1, towards[:, None]).squeeze(1)  # (P, R)
+    least = price.gather(1, toward[:, None]).squeeze(1)  # (P, R)
     candidate = leaving.gather(1, assignment) & (move_slack == least.gather(1, assignment))
     index = torch.arange(num_columns, device=assignment.device).expand_as(assignment)
-    first = torch.full_like(towards, num_columns).scatter_reduce_(
+    first = torch.full_like(toward, num_columns).scatter_reduce_(
         1, assignment, index.masked_fill(~candidate, num_columns), "amin"
     )
     moves = candidate & (first.gather(1, assignment) == index)

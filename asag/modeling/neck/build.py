@@ -7,7 +7,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.utils.registry import Registry
 from torch import nn
 
-from ..registry import build_room
+from ..registry import build_component
 
 NECK_REGISTRY = Registry("NECK")
 NECK_REGISTRY.__doc__ = """
@@ -21,4 +21,4 @@ def build_neck(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module | N
     """Builds the neck named by `MODEL.NECK.NAME`; None where the name is empty."""
     if not cfg.MODEL.NECK.NAME:
         return None
-    return build_room(NECK_REGISTRY, "MODEL.NECK.NAME", cfg.MODEL.NECK.NAME, cfg, input_shape)
+    return build_component(NECK_REGISTRY, "MODEL.NECK.NAME", cfg.MODEL.NECK.NAME, cfg, input_shape)

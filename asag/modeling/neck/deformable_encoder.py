@@ -168,11 +168,11 @@ class DeformableEncoder(nn.Module):
 
 def cell_references(memory: MultiScaleMemory) -> Tensor:
     """Where each cell lies in the padded maps of all levels, (B, T, L, 2)."""
-    centres = []
+    centers = []
     device = memory.values.device
     for i, (height, width) in enumerate(memory.shapes_hw):
         x = (torch.arange(width, device=device) + 0.5) / width
         y = (torch.arange(height, device=device) + 0.5) / height
         xy = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-        centres.append(xy / memory.valid_ratios[:, i, None])  # shares of the unpadded image
-    return torch.cat(centres, dim=1)[:, :, None] * memory.valid_ratios[:, None]
+        centers.append(xy / memory.valid_ratios[:, i, None])  # shares of the unpadded image
+    return torch.cat(centers, dim=1)[:, :, None] * memory.valid_ratios[:, None]

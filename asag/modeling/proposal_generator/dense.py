@@ -2,7 +2,7 @@
 
 What sparse anchors are compared with: boxes that are predicted for every cell of every map and
 thinned out, with features pooled at these boxes as content (Zhang et al., "Featurized Query R-CNN",
-arXiv 2206.06258; ASAG, Section 2, calls such detectors densely initialised).
+arXiv 2206.06258; ASAG, Section 2, calls such detectors densely initialized).
 
 B images, N queries, C channels, K classes, M padded ground truths.
 """
@@ -134,9 +134,9 @@ class DenseProposals(nn.Module):
         """
         # Of the images themselves the network needs only the sizes: a view without memory.
         canvas = sizes.whwh.new_zeros(()).expand(len(sizes), 1, *sizes.padded_hw)
-        truth = None if targets is None else _instances(targets, sizes)
+        gt = None if targets is None else _instances(targets, sizes)
         with _event_storage():
-            found, losses = self.rpn(ImageList(canvas, list(sizes.hw)), features, truth)
+            found, losses = self.rpn(ImageList(canvas, list(sizes.hw)), features, gt)
         best = [x.proposal_boxes.tensor[: self.num_queries].detach() for x in found]
         corner = torch.zeros_like(sizes.whwh[:, :2])
         whole_image = torch.cat((corner, sizes.whwh[:, 2:]), dim=1)  # (B, 4)

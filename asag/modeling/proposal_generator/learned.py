@@ -26,7 +26,7 @@ def initial_boxes(kind: str, count: int) -> Tensor:
     Args:
         kind: "image": all equal to the whole image (the published models). "grid": the cells of a
             grid, row by row, which a short training from scratch learns from soonest.
-            "random": centres and sizes uniform. "center": in the middle, a tenth of the image wide
+            "random": centers and sizes uniform. "center": in the middle, a tenth of the image wide
             and high.
         count: N.
 
@@ -43,8 +43,8 @@ def initial_boxes(kind: str, count: int) -> Tensor:
     columns = math.ceil(math.sqrt(count))
     size = torch.tensor([1 / columns, 1 / math.ceil(count / columns)])
     cell = torch.arange(count)
-    centres = (torch.stack((cell % columns, cell // columns), dim=1) + 0.5) * size
-    return torch.cat((centres, size.expand(count, 2)), dim=1)
+    centers = (torch.stack((cell % columns, cell // columns), dim=1) + 0.5) * size
+    return torch.cat((centers, size.expand(count, 2)), dim=1)
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()

@@ -129,12 +129,12 @@ class AnchorCriterion(nn.Module):
     def pair_cost(self, group: PatchGroup) -> Tensor:
         """(B, P, A, M) matching cost of every anchor and object of a patch."""
         cost = self.cost
-        boxes, truth = group.raw[..., None, :4], group.targets.boxes_cxcywh[..., None, :, :]
+        boxes, gt = group.raw[..., None, :4], group.targets.boxes_cxcywh[..., None, :, :]
         location = focal_cost(group.raw[..., 4], cost.alpha, cost.gamma)[..., None]
-        l1 = sum((boxes[..., i] - truth[..., i]).abs() for i in range(4))
-        giou = box_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(truth))
+        l1 = sum((boxes[..., i] - gt[..., i]).abs() for i in range(4))
+        giou = box_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt))
         total = cost.class_weight * location + cost.l1_weight * l1 - cost.giou_weight * giou
-        return self._area(group, truth) * total
+        return self._area(group, gt) * total
 
     def _area(self, group: PatchGroup, truth_cxcywh: Tensor) -> Tensor:
         share = truth_cxcywh[..., 2] * truth_cxcywh[..., 3]
@@ -144,30 +144,30 @@ class AnchorCriterion(nn.Module):
         """Sums over the group's anchors, 0-d each."""
         matched = (match >= 0) & group.valid[..., None]  # (B, P, A)
         index = match.clamp(min=0)[..., None].expand(*match.shape, 4)
-        truth = group.targets.boxes_cxcywh.gather(2, index)  # (B, P, A, 4)
+        gt = group.targets.boxes_cxcywh.gather(2, index)  # (B, P, A, 4)
         boxes, logit = group.raw[..., :4], group.raw[..., 4]
         corners = cxcywh_to_xyxy(boxes)
         with torch.no_grad():
-            iou = box_iou(corners, cxcywh_to_xyxy(truth))
-            area = self._area(group, truth) * matched
+            iou = box_iou(corners, cxcywh_to_xyxy(gt))
+            area = self._area(group, gt) * matched
             weight = area * self.query_weights.positive(logit.sigmoid(), iou)
             negative = self._negatives(group, corners.detach(), matched)
         # Quality focal loss (Li et al., NeurIPS 2020): the IoU is the label.
         quality = F.binary_cross_entropy_with_logits(logit, iou, reduction="none")
         quality = quality * (iou - logit.sigmoid()).abs().pow(self.focal_gamma)
         background = F.softplus(logit) * logit.sigmoid().pow(self.focal_gamma)
-        giou = box_giou(corners, cxcywh_to_xyxy(truth))
+        giou = box_giou(corners, cxcywh_to_xyxy(gt))
         return {
             "ce": (area * quality).sum() + (negative * background).sum(),
-            "bbox": (weight * (boxes - truth).abs().sum(dim=-1)).sum(),
+            "bbox": (weight * (boxes - gt).abs().sum(dim=-1)).sum(),
             "giou": (weight * (1 - giou)).sum(),
         }
 
     @staticmethod
     def _negatives(group: PatchGroup, corners: Tensor, matched: Tensor) -> Tensor:
         """(B, P, A) bool: unmatched anchors that fit no object of their patch well."""
-        truth = cxcywh_to_xyxy(group.targets.boxes_cxcywh)
-        overlap = box_iou(corners[..., None, :], truth[..., None, :, :])  # (B, P, A, M)
+        gt = cxcywh_to_xyxy(group.targets.boxes_cxcywh)
+        overlap = box_iou(corners[..., None, :], gt[..., None, :, :])  # (B, P, A, M)
         best = (overlap * group.targets.valid[..., None, :]).amax(dim=-1)
         return ~matched & group.valid[..., None] & (best < IGNORED_IOU)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .network import AnchorNetwork
-from .patches import centred_corners, greedy_nms
+from .patches import centered_corners, greedy_nms
 
 LEVELS = (4, 3)  # pyramid levels that may be probed, in this order
 
@@ -230,8 +230,8 @@ class AdaptiveAnchorGenerator(nn.Module):
         """Adaptive Probing: patches around selected anchors, thinned by NMS *before* they are
         moved inside the image, and their predictions."""
         stride = 2**level
-        centre, extent = current.boxes_cxcywh[..., :2], float(self.network.side * stride)
-        squares = torch.cat((centre - extent / 2, centre + extent / 2), dim=-1)
+        center, extent = current.boxes_cxcywh[..., :2], float(self.network.side * stride)
+        squares = torch.cat((center - extent / 2, center + extent / 2), dim=-1)
         limits = [x for x in (rules.max_patches, self.patch_capacity) if x]
         index, valid = greedy_nms(
             squares.detach(),
@@ -241,8 +241,8 @@ class AdaptiveAnchorGenerator(nn.Module):
             limit=min(limits, default=None),
             static=self.static,
         )
-        picked = centre.gather(1, index[..., None].expand(-1, -1, 2))
-        corner = centred_corners(picked, whwh, stride, self.network.side)
+        picked = center.gather(1, index[..., None].expand(-1, -1, 2))
+        corner = centered_corners(picked, whwh, stride, self.network.side)
         forward, kind = valid, torch.zeros_like(index)
         if completion is not None:
             corner, valid, forward, kind = completion(stride, corner, valid)
@@ -316,10 +316,10 @@ def fixed_anchors(p5: Tensor, p6: Tensor, whwh: Tensor, min_side: float) -> Anch
 def probed_anchors(patches: ProbedPatches, whwh: Tensor, min_side: float) -> Anchors:
     """Anchors of probed patches whose anchors go on, (B, P, A, 5) -> (B, P A)."""
     stride, raw = patches.stride, patches.raw
-    centre = (raw[..., :2] * patches.side + patches.corner[:, :, None]) * stride
+    center = (raw[..., :2] * patches.side + patches.corner[:, :, None]) * stride
     size = raw[..., 2:4] * (patches.side * stride)
-    useless = (centre >= whwh[:, None, None, :2]).any(dim=-1) | (size < min_side).any(dim=-1)
+    useless = (center >= whwh[:, None, None, :2]).any(dim=-1) | (size < min_side).any(dim=-1)
     scores = raw[..., 4].sigmoid().masked_fill(useless, 0)
     valid = (patches.valid & patches.forward)[..., None].expand_as(useless)
-    boxes = torch.cat((centre, size), dim=-1)
+    boxes = torch.cat((center, size), dim=-1)
     return Anchors(boxes.flatten(1, 2), scores.flatten(1), valid.flatten(1))

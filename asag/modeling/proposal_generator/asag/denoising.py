@@ -37,24 +37,24 @@ def noised_truth(targets: Targets, slots: int) -> tuple[Tensor, Tensor]:
 
 
 def noised_boxes(
-    targets: Targets, truth: Tensor, noise: Tensor | float, uniform: Uniform = draw_uniform
+    targets: Targets, gt: Tensor, noise: Tensor | float, uniform: Uniform = draw_uniform
 ) -> Tensor:
     """Boxes (B, D, 4) xyxy in pixels: copies of objects, moved and resized at random.
 
     Args:
         targets: padded ground truth.
-        truth: (B, D) int64, -1 on padding, which gets the whole image.
-        noise: largest change of a side, in sides, and of a centre, in half sides (lambda).
+        ground truth: (B, D) int64, -1 on padding, which gets the whole image.
+        noise: largest change of a side, in sides, and of a center, in half sides (lambda).
         uniform: source of randomness.
     """
     scale = targets.image_whwh[:, None]
     boxes = xyxy_to_cxcywh(targets.boxes_xyxy / scale)
-    boxes = boxes.gather(1, truth.clamp(min=0)[..., None].expand(-1, -1, 4))
+    boxes = boxes.gather(1, gt.clamp(min=0)[..., None].expand(-1, -1, 4))
     reach = torch.cat((boxes[..., 2:] / 2, boxes[..., 2:]), dim=-1)
     draw = uniform(tuple(boxes.shape), boxes.device).to(boxes.dtype) * 2 - 1
     boxes = (boxes + draw * reach * noise).clamp(0, 1)
     whole = boxes.new_tensor((0.5, 0.5, 1, 1))
-    return cxcywh_to_xyxy(torch.where(truth[..., None] >= 0, boxes, whole)) * scale
+    return cxcywh_to_xyxy(torch.where(gt[..., None] >= 0, boxes, whole)) * scale
 
 
 def attendable_pairs(group: Tensor, anchors_valid: Tensor, no_objects: Tensor) -> Tensor:

@@ -131,13 +131,13 @@ class AdaptiveSparseAnchors(nn.Module):
         generated = self.generate(features, sizes, targets)
         anchors = generated.anchors
         boxes_xyxy, valid = cxcywh_to_xyxy(anchors.boxes_cxcywh), anchors.valid
-        attend = truth = None
+        attend = gt = None
         if targets is not None and self.num_denoising:
-            truth, group = noised_truth(targets, self.num_denoising)
-            noised = noised_boxes(targets, truth, self._current_noise(), self.uniform)
+            gt, group = noised_truth(targets, self.num_denoising)
+            noised = noised_boxes(targets, gt, self._current_noise(), self.uniform)
             attend = attendable_pairs(group, valid, ~targets.valid.any(dim=1))
             boxes_xyxy = torch.cat((noised, boxes_xyxy), dim=1)
-            valid = torch.cat((truth >= 0, valid), dim=1)
+            valid = torch.cat((gt >= 0, valid), dim=1)
         all_valid = attend is None and self._all_valid(valid.shape[0])
         mask = (None if all_valid else valid) if attend is None else attend
         content, logits, proposals_xyxy = self.block(
@@ -152,7 +152,7 @@ class AdaptiveSparseAnchors(nn.Module):
             attend=attend,
             proposal_logits=logits,
             proposal_boxes_xyxy=proposals_xyxy,
-            noised=truth,
+            noised=gt,
         )
         if targets is None:
             return queries, {}

@@ -49,7 +49,7 @@ def _mlp(in_dim: int, hidden_dim: int, num_anchors: int) -> nn.Sequential:
 class AnchorNetwork(nn.Module):
     """Compression, tokens and the two MLPs.
 
-    Outputs hold, for each anchor, centre and size relative to the patch (0 to 1) and the location
+    Outputs hold, for each anchor, center and size relative to the patch (0 to 1) and the location
     *logit*. There is no prior box: anchors come from the patch's content alone.
     """
 
@@ -146,6 +146,6 @@ def _start_on_grid(last: nn.Linear) -> None:
     anchors = last.bias.view(-1, 5)
     cells = math.ceil(len(anchors) ** 0.5)
     index = torch.arange(len(anchors), device=last.bias.device)
-    centres = torch.stack((index % cells, index // cells), dim=1).add(0.5) / cells
-    anchors[:, :2] = centres.logit()
+    centers = torch.stack((index % cells, index // cells), dim=1).add(0.5) / cells
+    anchors[:, :2] = centers.logit()
     anchors[:, 2:4] = torch.tensor(2 / max(cells, 3)).logit()

@@ -34,7 +34,7 @@ def whole_image_targets(targets: Targets, flips: bool, released_flip: bool = Fal
     Args:
         targets: padded ground truth.
         flips: also for the map mirrored horizontally, vertically and both ways.
-        released_flip: flip as the authors' code does, which takes centre and size for corners, so
+        released_flip: flip as the authors' code does, which takes center and size for corners, so
             that three of the four are wrong. Only to reproduce the published training.
     """
     boxes = xyxy_to_cxcywh(targets.boxes_xyxy / targets.image_whwh[:, None])
@@ -60,7 +60,7 @@ def _released_flip(boxes_cxcywh: Tensor, axis: int) -> Tensor:
 
 
 def quadrant_targets(targets: Targets) -> PatchTargets:
-    """Targets of the quadrants of P5: objects whose centre lies in the closed quadrant."""
+    """Targets of the quadrants of P5: objects whose center lies in the closed quadrant."""
     quadrant = torch.arange(4, device=targets.image_whwh.device)
     corner = torch.stack((quadrant % 2, quadrant // 2), dim=-1)  # (4, 2)
     half = targets.image_whwh[:, None, :2] / 2
@@ -69,7 +69,7 @@ def quadrant_targets(targets: Targets) -> PatchTargets:
 
 def probed_targets(targets: Targets, corner: Tensor, stride: int, side: int) -> PatchTargets:
     """Targets of patches of `side` cells with these corners (B, P, 2) in cells: objects with their
-    centre in the closed patch that are no larger than the patch."""
+    center in the closed patch that are no larger than the patch."""
     extent = targets.image_whwh.new_full((1, 1, 2), side * stride)
     low = corner.to(extent.dtype) * stride
     result = window_targets(targets, low, extent)
@@ -79,7 +79,7 @@ def probed_targets(targets: Targets, corner: Tensor, stride: int, side: int) -> 
 
 
 def window_targets(targets: Targets, low: Tensor, size: Tensor) -> PatchTargets:
-    """Objects whose centre lies in a closed window, clipped to it and in its coordinates.
+    """Objects whose center lies in a closed window, clipped to it and in its coordinates.
 
     Args:
         targets: padded ground truth.
@@ -88,8 +88,8 @@ def window_targets(targets: Targets, low: Tensor, size: Tensor) -> PatchTargets:
     """
     low, size = low[:, :, None], size[:, :, None]  # (B, P, 1, 2)
     boxes = targets.boxes_xyxy[:, None]  # (B, 1, M, 4)
-    centre = (boxes[..., :2] + boxes[..., 2:]) / 2
-    inside = ((centre >= low) & (centre <= low + size)).all(dim=-1)  # (B, P, M)
+    center = (boxes[..., :2] + boxes[..., 2:]) / 2
+    inside = ((center >= low) & (center <= low + size)).all(dim=-1)  # (B, P, M)
     valid = inside & targets.valid[:, None]
     relative = torch.cat(((boxes[..., :2] - low) / size, (boxes[..., 2:] - low) / size), dim=-1)
     relative = relative.clamp(0, 1)

@@ -132,12 +132,12 @@ def pull_inside(corner: Tensor, cells: Tensor, side: int) -> Tensor:
     return torch.minimum(corner, cells - side)
 
 
-def centred_corners(centre_xy: Tensor, whwh: Tensor, stride: int, side: int) -> Tensor:
-    """Corners (B, P, 2) int64 of patches around centres (B, P, 2) in pixels, inside the image.
+def centered_corners(center_xy: Tensor, whwh: Tensor, stride: int, side: int) -> Tensor:
+    """Corners (B, P, 2) int64 of patches around centers (B, P, 2) in pixels, inside the image.
 
     Where the image has fewer than `side` cells the corner is 0 and the patch runs into the padding.
     """
-    corner = (centre_xy / stride - side / 2).floor()
+    corner = (center_xy / stride - side / 2).floor()
     return pull_inside(corner, map_cells(whwh, stride), side).long().clamp(min=0)
 
 

@@ -1,7 +1,7 @@
 """Patches that training adds to the generated ones, so that every image and level has enough.
 
 ASAG (Fu et al., ICCV 2023), Section 3.2 and the authors' code. B images, P patches, M padded ground
-truths, G generated patches.
+ground truths, G generated patches.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class PatchCompletion:
             corner (B, P, 2), valid, forward (B, P) bool and kind (B, P) int64 of all patches:
             generated, ground truth, random, then slots without a patch.
         """
-        truth, truth_exists = self.ground_truth_patches(stride)
+        gt, truth_exists = self.ground_truth_patches(stride)
         generated = valid.sum(dim=1, keepdim=True)
         missing = (self.minimum - generated).clamp(min=0)
         truth_used = truth_exists & (self._shuffled_rank(truth_exists) < missing)
@@ -102,7 +102,7 @@ class PatchCompletion:
         )
         slots = self.capacity or max(1, int(used.sum(dim=1).max()))
         first = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :slots]
-        corner = torch.cat((corner, truth, random), dim=1)
+        corner = torch.cat((corner, gt, random), dim=1)
         corner = corner.gather(1, first[..., None].expand(-1, -1, 2))
         return corner, used.gather(1, first), forward.gather(1, first), kind.gather(1, first)
 
@@ -134,11 +134,11 @@ class PatchCompletion:
 
     def random_patches(self, stride: int) -> Tensor:
         """(B, minimum, 2) int64 corners, uniform over the image."""
-        room = (map_cells(self.targets.image_whwh, stride) - self.side).clamp(min=1)  # (B, 1, 2)
-        shape = (len(room), self.minimum, 2)
+        span = (map_cells(self.targets.image_whwh, stride) - self.side).clamp(min=1)  # (B, 1, 2)
+        shape = (len(span), self.minimum, 2)
         # A draw next to 1 may round up to the excluded end.
-        corner = (self.uniform(shape, room.device).to(room.dtype) * room).floor()
-        return torch.minimum(corner, room - 1).long()
+        corner = (self.uniform(shape, span.device).to(span.dtype) * span).floor()
+        return torch.minimum(corner, span - 1).long()
 
     def _shuffled_rank(self, exists: Tensor) -> Tensor:
         """(B, P) int64 places in a random order in which slots that do not exist come last."""

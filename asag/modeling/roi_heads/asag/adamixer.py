@@ -70,8 +70,8 @@ class AdaptiveSampling(nn.Module):
         """(B, N, C) and (B, N, 4) -> (B, N, G, P, C / G)."""
         offset = at_least_float32(self.offsets(query))
         offset = offset.view(*query.shape[:2], self.groups, -1, 3)
-        centre, size = (x[:, :, None, None] for x in scale_of(xyzr))
-        points_xy = centre + offset[..., :2] * size
+        center, size = (x[:, :, None, None] for x in scale_of(xyzr))
+        points_xy = center + offset[..., :2] * size
         points_z = xyzr[:, :, None, None, 2] + offset[..., 2]
         return sample_3d(maps, strides, points_xy, points_z)
 

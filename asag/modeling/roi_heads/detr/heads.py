@@ -192,8 +192,8 @@ class DETRHeads(nn.Module):
         1)."""
         coordinates = at_least_float32(self.box_coordinates(embedding))
         if self.offsets:
-            centre = coordinates[..., :2] + inverse_sigmoid(queries.points_xy)
-            coordinates = torch.cat((centre, coordinates[..., 2:]), dim=-1)
+            center = coordinates[..., :2] + inverse_sigmoid(queries.points_xy)
+            coordinates = torch.cat((center, coordinates[..., 2:]), dim=-1)
         return cxcywh_to_xyxy(coordinates.sigmoid()) * sizes.whwh[:, None]
 
 

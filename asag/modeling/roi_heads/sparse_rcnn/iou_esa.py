@@ -64,7 +64,7 @@ def iou_weighted_softmax(scores: Tensor, prior: Tensor) -> Tensor:
 
 
 class IoUEnhancedSelfAttention(SelfAttention):
-    """Multi-head self-attention whose weights are multiplied by IoU before they are normalised.
+    """Multi-head self-attention whose weights are multiplied by IoU before they are normalized.
 
     No parameters are added. The scores are divided by sqrt(D), the width of a head, although Eq. 2
     writes the width of the query.
@@ -112,16 +112,16 @@ class IoUAttention(nn.Module):
     All heads would share the one matrix, so there are none: values are projected, mixed, projected.
     """
 
-    def __init__(self, *, dim: int, row_normalise: bool = True, dropout: float = 0.0) -> None:
+    def __init__(self, *, dim: int, row_normalize: bool = True, dropout: float = 0.0) -> None:
         """
         Args:
             dim: channels C.
-            row_normalise: divide each row of the matrix by its sum, as softmax would; the paper
+            row_normalize: divide each row of the matrix by its sum, as softmax would; the paper
                 does not say.
             dropout: rate on the matrix while training.
         """
         super().__init__()
-        self.row_normalise = row_normalise
+        self.row_normalize = row_normalize
         self.dropout = nn.Dropout(dropout)
         self.value_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
@@ -137,7 +137,7 @@ class IoUAttention(nn.Module):
             (B, N, C).
         """
         weights = iou_prior(boxes_xyxy, valid)[:, 0]  # (B, N, N)
-        if self.row_normalise:
+        if self.row_normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         value = self.value_proj(query)
         return self.out_proj(self.dropout(weights).to(value.dtype) @ value)
