@@ -160,7 +160,7 @@ class NoisedPredictions:
 
     Attributes:
         predictions: (S, B, D, ...), padding is not valid.
-        ground truth: (B, D) int64, the ground truth that each answers for, -1 on padding.
+        gt: ground truth (B, D) int64, the ground truth that each answers for, -1 on padding.
     """
 
     predictions: Predictions

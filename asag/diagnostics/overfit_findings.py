@@ -85,7 +85,7 @@ class _Inside:
     """What came out of the last stage, and what the matcher made of it.
 
     Attributes:
-        ground truth: of each image.
+        gt: ground truth of each image.
         objects: in all of them.
         boxes_xyxy: (B, N, 4) predicted, pixels.
         scores: (B, N, K) predicted, 0 to 1.

@@ -118,7 +118,7 @@ def count_errors(
 
     Args:
         found: detections of each image.
-        ground truths: annotations of each image.
+        gts: ground truth annotations of each image.
 
     Returns:
         Errors of each image, the threshold and its F1.

@@ -43,7 +43,7 @@ def noised_boxes(
 
     Args:
         targets: padded ground truth.
-        ground truth: (B, D) int64, -1 on padding, which gets the whole image.
+        gt: ground truth (B, D) int64, -1 on padding, which gets the whole image.
         noise: largest change of a side, in sides, and of a center, in half sides (lambda).
         uniform: source of randomness.
     """
