@@ -17,12 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import train_net
 from asag import load_config
 from asag.checkpoint import DETR, SPARSE_RCNN
 from asag.checkpoint.class_heads import ClassTransfer, adopt_classes, class_heads, coco_row_names
 from asag.checkpoint.loading import PublishedCheckpointer
 from asag.checkpoint.report import BATCH_COUNTER, part_of
-from asag.engine import launch
+from asag.engine import defaults
 from asag.engine.trainer import Trainer
 from asag.modeling.layers.init import prior_bias
 
@@ -335,7 +336,7 @@ def test_fine_tuning_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Weights of three classes, data of two, one of them among the three."""
-    monkeypatch.setattr(launch, "setup_logger", lambda *_, **__: logging.getLogger("quiet"))
+    monkeypatch.setattr(defaults, "setup_logger", lambda *_, **__: logging.getLogger("quiet"))
     caplog.set_level(logging.INFO)
     data = write_coco_folder(tmp_path / "data")
     trained = build_model(tiny_cfg(tmp_path, MODEL__ROI_HEADS__NUM_CLASSES=3))
@@ -352,7 +353,7 @@ def test_fine_tuning_from_end_to_end(
     monkeypatch.setattr(Trainer, "resume_or_load", load_between)
     options = tiny_options(tmp_path / "out", MODEL__WEIGHTS=tmp_path / "x.pth", SOLVER__MAX_ITER=2)
     argv = ["--config-file", str(CONFIG), "--data", str(data), *options]
-    assert launch.main(argv) == 0
+    assert train_net.main(argv) == 0
     before, after = states
     heads = class_heads(after)
     assert len(heads) == 4
@@ -365,6 +366,6 @@ def test_fine_tuning_from_end_to_end(
     assert saved["class_names"] == ["circle", "square"]
 
     states.clear()
-    assert launch.main(["--resume", *argv, "SOLVER.MAX_ITER", "3"]) == 0
+    assert train_net.main(["--resume", *argv, "SOLVER.MAX_ITER", "3"]) == 0
     assert all(torch.equal(states[1][k], v) for k, v in saved["model"].items())
     assert caplog.text.count("classes of the data are known") == 1

@@ -10,7 +10,7 @@ from detectron2.modeling import build_model
 
 from asag import get_asag_cfg, load_config
 from asag.config.rules import RULES, Each, check_config
-from asag.engine.commands import main
+from train_net import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = str(ROOT / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")

@@ -22,8 +22,9 @@ from engine_support import (
 )
 
 from asag.engine import NonFiniteLossError, Trainer
-from asag.engine.commands import build_parser, configure, run
+from asag.engine.defaults import configure
 from asag.engine.launch import launch
+from train_net import build_parser, run
 
 STEPS = 3
 

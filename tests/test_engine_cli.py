@@ -19,8 +19,10 @@ from detectron2.utils.logger import setup_logger
 from engine_support import CONFIG, register_tiny_shapes, tiny_options, write_coco_folder
 
 from asag import load_config
+from asag.config import find_config
 from asag.data.shapes import ANNOTATION_FILE
-from asag.engine.commands import build_parser, configure, find_config, main
+from asag.engine.defaults import configure
+from train_net import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
 

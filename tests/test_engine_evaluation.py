@@ -16,10 +16,10 @@ from engine_support import register_tiny_shapes, tiny_cfg
 from PIL import Image
 from pycocotools.coco import COCO
 
-from asag.data.catalog import build_evaluator
 from asag.engine import Trainer
 from asag.engine.hooks import BestResult, Curves, box_ap
 from asag.engine.writers import ConsolePrinter
+from asag.evaluation import build_evaluator
 from asag.evaluation.coco import CocoBoxEvaluator, choose_backend, evaluate_boxes
 from asag.visualization.pictures import save_pictures, spread
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asag import load_config
-from asag.engine.commands import find_config
+from asag.config import find_config
 from asag.engine.schedule import resolve_schedule
 
 

@@ -10,7 +10,6 @@ from engine_support import CONFIG, losses, register_tiny_shapes, tiny_cfg, tiny_
 from test_activation_checkpointing import FAMILIES, make_model
 
 from asag.engine import Trainer
-from asag.engine.commands import main
 from asag.engine.memory import (
     LargestBatch,
     NotEnoughMemoryError,
@@ -22,6 +21,7 @@ from asag.engine.memory import (
 )
 from asag.engine.optimizer import build_optimizer
 from asag.engine.step import TrainStep
+from train_net import main
 
 CPU_ERROR = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes"
 

@@ -21,7 +21,7 @@ from asag.diagnostics.overfit import (
 )
 from asag.diagnostics.overfit_findings import data_findings, model_findings
 from asag.engine import Trainer
-from asag.engine.commands import main
+from train_net import main
 
 ASAG = CONFIG.parents[1] / "ASAG/asag_tiny.yaml"
 STEPS = 240

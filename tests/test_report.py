@@ -25,7 +25,6 @@ from asag.config.loading import differences
 from asag.data import SparseDetectionMapper
 from asag.data.mapper import eval_augmentations
 from asag.engine import reporting
-from asag.engine.commands import main as train_net
 from asag.report import REPORT_FILE, Run, RunFolderError, RunRecord, write_report
 from asag.report.accuracy import AREAS, coco_accuracy
 from asag.report.annotations import DatasetSummary, GroundTruth
@@ -46,6 +45,7 @@ from asag.report.page import SECTIONS
 from asag.report.pictures import jpeg_uri
 from asag.report.record import report_training
 from asag.structures import ImageSizes
+from train_net import main as train_net
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "img", "wbr"}

@@ -5,8 +5,8 @@ from engine_support import CONFIG, register_tiny_shapes, tiny_options
 
 from asag.data import SampleError
 from asag.engine import NonFiniteLossError
-from asag.engine.commands import main as train_net
 from asag.engine.memory import NotEnoughMemoryError
+from train_net import main as train_net
 
 
 def test_bad_inputs_of_an_unknown_kind(monkeypatch, capsys):

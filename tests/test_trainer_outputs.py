@@ -15,7 +15,7 @@ import pytest
 from engine_support import CONFIG, register_tiny_shapes, tiny_cfg, tiny_options
 
 from asag.engine import Trainer, progress
-from asag.engine.commands import main
+from train_net import main
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from engine_support import register_tiny_shapes, tiny_options, write_coco_folder
 
+import train_net
 from asag import get_asag_cfg
-from asag.engine import launch
-from asag.engine.commands import build_parser, main
+from train_net import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "troubleshooting.md"
@@ -223,9 +223,9 @@ def test_a_process_that_fails_alone_says_why(tmp_path, monkeypatch, capsys, firs
     waited = []
     monkeypatch.setattr(comm, "is_main_process", lambda: first)
     monkeypatch.setattr(time, "sleep", waited.append)
-    monkeypatch.setattr(launch, "_set_up", lambda cfg: None)
+    monkeypatch.setattr(train_net, "default_setup", lambda cfg: None)
     args = build_parser().parse_args(["--eval-only", *tiny_options(tmp_path)])
-    cfg, recipe = launch.configure(args)
-    assert launch.run(args, cfg, recipe) == 2
+    cfg, recipe = train_net.configure(args)
+    assert train_net.run(args, cfg, recipe) == 2
     assert "error: --eval-only needs the weights" in capsys.readouterr().err
-    assert waited == ([] if first else [launch.GRACE])
+    assert waited == ([] if first else [train_net.GRACE])

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from asag import get_asag_cfg, load_config
-from asag.modeling.tta import DetectorWithTTA, merge_by_nms, merge_by_vote
+from asag.inference.tta import DetectorWithTTA, merge_by_nms, merge_by_vote
 
 HEIGHT, WIDTH = 60, 100
 

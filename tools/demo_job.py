@@ -24,8 +24,8 @@ def main() -> int:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="configuration overrides")
     options = parser.parse_args()
 
-    from asag.engine.commands import main as train
     from asag.visualization.curves import plot_curves
+    from train_net import main as train
 
     start = time.perf_counter()
     arguments = ["--config-file", options.config_file, "--num-gpus", "1", "--resume"]

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from asag.engine import Trainer, launch
+import train_net
+from asag.engine import Trainer
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -67,8 +68,8 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
 
 def main(arguments: list[str]) -> int:
     """`train_net.py` with these arguments, recorded; returns its exit code."""
-    launch.Trainer = RecordingTrainer
-    return launch.main(arguments)
+    train_net.Trainer = RecordingTrainer
+    return train_net.main(arguments)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.engine import datasets  # noqa: E402
-from asag.engine.commands import (  # noqa: E402
-    build_parser,
+from asag.data.catalog import check_registered  # noqa: E402
+from asag.engine.defaults import (  # noqa: E402
     choose_device,
     configure,
     register_data,
     use_data,
 )
 from asag.engine.trainer import Trainer  # noqa: E402
+from train_net import build_parser  # noqa: E402
 
 from detectron2.config import CfgNode  # noqa: E402
 from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
@@ -55,7 +55,7 @@ def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dic
         raise ValueError(f"MODEL.WEIGHTS = {cfg.MODEL.WEIGHTS!r}: name the trained weights")
     if not cfg.DATASETS.TEST:
         raise ValueError("DATASETS.TEST is empty; name a data set, or pass --data DIR")
-    datasets.check_registered(cfg, need_train=False)
+    check_registered(cfg, need_train=False)
     cfg.TEST.NUM_PICTURES = 0
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "stages")  # leave the run's own results alone
     stages = cfg.MODEL.DECODER.NUM_STAGES

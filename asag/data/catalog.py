@@ -1,4 +1,4 @@
-"""Loading registered data sets, with errors that say what to change."""
+"""Registered data sets: loading them, and checks that say what to change."""
 
 from __future__ import annotations
 
@@ -7,11 +7,6 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
-from detectron2.evaluation import DatasetEvaluator
-
-from .. import data as _registers_data_sets  # noqa: F401
-from ..evaluation import CrowdHumanEvaluator
-from ..evaluation.coco import CocoBoxEvaluator
 
 
 def check_registered(cfg: CfgNode, *, need_train: bool = True) -> None:
@@ -76,25 +71,3 @@ def check_classes(cfg: CfgNode) -> None:
                     f"DATASETS.{key} has {len(names)} classes ({shown}); set "
                     f"MODEL.ROI_HEADS.NUM_CLASSES {len(names)}"
                 )
-
-
-def build_evaluator(dataset_name: str, output_dir: str) -> DatasetEvaluator:
-    """The evaluator that the data set's `evaluator_type` asks for.
-
-    Args:
-        dataset_name: a registered data set.
-        output_dir: where the evaluator writes the detections.
-
-    Raises:
-        ValueError: no or an unknown `evaluator_type`.
-    """
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind == "coco":
-        return CocoBoxEvaluator(dataset_name, output_dir=output_dir)
-    if kind == "crowdhuman":
-        return CrowdHumanEvaluator(dataset_name, output_dir=output_dir)
-    raise ValueError(
-        f"data set {dataset_name!r} has evaluator_type {kind!r} in its metadata; 'coco' and "
-        "'crowdhuman' can be evaluated. Set it with "
-        f"MetadataCatalog.get({dataset_name!r}).evaluator_type = 'coco'"
-    )

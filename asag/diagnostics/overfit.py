@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checkpoint.checkpointer import AtomicCheckpointer
 from ..data import SparseDetectionMapper
-from ..data import catalog as datasets
+from ..data.catalog import check_classes, load_train_dicts
 from ..data.mapper import eval_augmentations
 from ..engine.optimizer import build_clipper, build_optimizer
 from ..engine.schedule import resolve_schedule
@@ -154,8 +154,8 @@ def run_check(cfg: CfgNode, recipe: CfgNode, *, steps: int = STEPS) -> int:
     Returns:
         Exit code: 0 if the batch was learned, 1 if not.
     """
-    dicts = datasets.load_train_dicts(cfg)
-    datasets.check_classes(cfg)
+    dicts = load_train_dicts(cfg)
+    check_classes(cfg)
     resolved, _ = resolve_schedule(cfg, len(dicts), recipe=recipe)
     cfg = overfit_config(resolved, steps)
     model = build_model(cfg)

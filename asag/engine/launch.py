@@ -1,12 +1,15 @@
-"""Processes of a training: started here, or by torchrun; NCCL on CUDA, gloo on a CPU."""
+"""Processes of a run: started here or by torchrun, and restarted by torchrun; NCCL on CUDA, gloo on
+a CPU."""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,14 +17,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
 
-from .restarts import fresh_store
-
 # A process that waits this long for another one gives up. One that has died is noticed at once; the
 # others may still be silent, as long as the first evaluates or a file system is stuck.
 TIMEOUT = timedelta(minutes=30)
 # Advice of torch to Detectron2 and to this library, which each process would print.
 NOISE = ("TypedStorage is deprecated", "`broadcast_buffers` is deprecated")
+LAST_CHECKPOINT = "last_checkpoint"
+EARLIER = "last_checkpoint_of_earlier_run"
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+logger = logging.getLogger(__name__)
 
 
 class _Place(NamedTuple):
@@ -120,10 +125,9 @@ def _run_in_group(
 ) -> int:
     if cuda:
         torch.cuda.set_device(place.local_rank)
-    store, _, _ = next(dist.rendezvous(dist_url, place.rank, place.world_size, timeout=TIMEOUT))
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        store=fresh_store(store, place.rank, place.world_size, TIMEOUT),
+        init_method=dist_url,
         rank=place.rank,
         world_size=place.world_size,
         timeout=TIMEOUT,
@@ -154,3 +158,27 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def resume_if_restarted(output_dir: str, resume: bool) -> bool:
+    """Returns True to resume: on request, or if torchrun has restarted any of the processes.
+
+    A job that may be restarted and starts anew in the folder of an earlier run first sets that
+    run's mark aside (as `last_checkpoint_of_earlier_run`); otherwise a failure before the first
+    checkpoint would go on with the earlier run. All processes have to call this.
+
+    Args:
+        output_dir: OUTPUT_DIR.
+        resume: whether --resume was given.
+    """
+    # Agents count the failures of their own machine only.
+    restarts = max(comm.all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+    if resume or restarts:
+        return True
+    mark = Path(output_dir) / LAST_CHECKPOINT
+    may_restart = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if may_restart and comm.is_main_process() and mark.is_file():
+        mark.replace(mark.with_name(EARLIER))
+        logger.warning(f"{mark} is now called {EARLIER}: restarts go on with the new run")
+    comm.synchronize()
+    return False

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 
 from ..checkpoint.checkpointer import AtomicCheckpointer
 from ..data import SparseDetectionMapper, build_train_loader
-from ..data import catalog as datasets
-from ..modeling.tta import DetectorWithTTA, check_test_augmentation
-from ..report.record import report_training
+from ..data.catalog import check_classes, check_registered, class_names, load_train_dicts
+from ..evaluation import build_evaluator
+from ..inference.tta import DetectorWithTTA, check_test_augmentation
 from ..visualization.pictures import save_pictures
 from .early_stopping import EarlyStopping
 from .ema import WeightAverage
@@ -78,14 +78,14 @@ class Trainer(ResumableTrainer):
         """
         TrainerBase.__init__(self)
         own = dataset_dicts is not None
-        self.dataset_dicts = dataset_dicts if own else datasets.load_train_dicts(cfg)
+        self.dataset_dicts = dataset_dicts if own else load_train_dicts(cfg)
         self.cfg, self.schedule = resolve_schedule(cfg, len(self.dataset_dicts), recipe=recipe)
         cfg = self.cfg
         _check_batch(cfg)
         if cfg.LOGGING.WANDB:
             import_wandb(cfg.LOGGING.WANDB)  # on all processes, so that all of them end
-        datasets.check_registered(cfg, need_train=not own)
-        datasets.check_classes(cfg)
+        check_registered(cfg, need_train=not own)
+        check_classes(cfg)
         if cfg.TEST.AUG.ENABLED:
             check_test_augmentation(cfg)
 
@@ -114,7 +114,7 @@ class Trainer(ResumableTrainer):
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, **states)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        self.class_names = datasets.class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
+        self.class_names = class_names(cfg.DATASETS.TRAIN[0]) if cfg.DATASETS.TRAIN else []
         self.best: BestResult | None = None
         self.results: dict[str, Any] | None = None
         self._stopping = False
@@ -153,7 +153,7 @@ class Trainer(ResumableTrainer):
             start_iter: first iteration to deliver.
         """
         return build_train_loader(
-            datasets.load_train_dicts(cfg) if dataset_dicts is None else dataset_dicts,
+            load_train_dicts(cfg) if dataset_dicts is None else dataset_dicts,
             SparseDetectionMapper(cfg, is_train=True),
             total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
             num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -177,7 +177,7 @@ class Trainer(ResumableTrainer):
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         if len(cfg.DATASETS.TEST) > 1:
             folder = os.path.join(folder, dataset_name)
-        return datasets.build_evaluator(dataset_name, folder)
+        return build_evaluator(dataset_name, folder)
 
     def build_writers(self) -> list[EventWriter]:
         """Console, metrics.json, TensorBoard, and what LOGGING.* asks for."""
@@ -239,8 +239,6 @@ class Trainer(ResumableTrainer):
             self._loop()
         finally:
             self._batches = None  # stops the loader's processes
-        if self.cfg.TEST.REPORT:
-            self._report()
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self.results)
         return self.results
@@ -266,13 +264,6 @@ class Trainer(ResumableTrainer):
                     logger.exception("after the training had failed, so did its end")
                 raise
             self.after_train()
-
-    def _report(self) -> None:
-        """Writes the report in the first process, for which the others wait."""
-        if comm.is_main_process():
-            with preserved_rng(), self.evaluation_weights():
-                report_training(self.cfg, unwrap(self.model), self.dataset_dicts)
-        comm.synchronize()
 
     def stop(self) -> None:
         """Ends the training after the present iteration. Every process must call it."""

@@ -1,5 +1,6 @@
-"""Evaluators for what COCO's evaluator does not measure."""
+"""Evaluators, and the choice of one by the type of a data set."""
 
+from asag.evaluation.build import build_evaluator
 from asag.evaluation.crowdhuman import CrowdHumanEvaluator
 from asag.evaluation.crowdhuman_metrics import (
     CrowdImage,
@@ -14,6 +15,7 @@ __all__ = [
     "CrowdImage",
     "CrowdMetrics",
     "ProposalRecallEvaluator",
+    "build_evaluator",
     "crowdhuman_metrics",
     "crowdhuman_metrics_from_coco",
 ]

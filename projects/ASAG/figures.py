@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from asag.visualization.figure_inputs import (
+from asag.inference.figure_inputs import (
     add_dataset_options,
     open_model_and_dataset,
     read_samples,

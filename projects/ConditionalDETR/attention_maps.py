@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asag.inference.figure_inputs import open_model, read_picture
 from asag.modeling import SparseDetector
 from asag.modeling.layers.attention import split_heads
 from asag.modeling.roi_heads import DETRHeads
 from asag.modeling.roi_heads.detr.conditional_attention import ConditionalCrossAttention
 from asag.modeling.roi_heads.detr.cross_attention import CrossAttention
 from asag.structures import ImageSizes
-from asag.visualization.figure_inputs import open_model, read_picture
 
 import matplotlib
 import numpy as np

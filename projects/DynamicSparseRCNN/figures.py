@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asag.visualization import class_color, plot_curves
-from asag.visualization.figure_inputs import (
+from asag.inference.figure_inputs import (
     add_dataset_options,
     open_model_and_dataset,
     read_samples,
 )
+from asag.visualization import class_color, plot_curves
 
 import numpy as np
 import torch

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from asag.inference.figure_inputs import open_model, read_picture
 from asag.modeling import SparseDetector
 from asag.modeling.roi_heads import ChannelWeightedInteraction, IoUEnhancedSelfAttention
 from asag.modeling.roi_heads.sparse_rcnn.iou_esa import iou_prior, iou_weighted_softmax
-from asag.visualization.figure_inputs import open_model, read_picture
 
 import matplotlib
 import numpy as np

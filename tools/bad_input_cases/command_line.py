@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from asag.engine import launch
+import train_net
 
 from .common import Case, Refused, expect
 
@@ -25,8 +25,8 @@ def _printed(*words: str) -> Callable[[Path], str]:
         fixed = ["OUTPUT_DIR", str(folder / "out"), "MODEL.DEVICE", "cpu"]
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
-            code = launch.main(["--num-gpus", "0", *options, *fixed])
-        expect(code == launch.USER_ERROR, f"the exit code is {code}: {errors.getvalue()}")
+            code = train_net.main(["--num-gpus", "0", *options, *fixed])
+        expect(code == 2, f"the exit code is {code}: {errors.getvalue()}")
         raise Refused(errors.getvalue())
 
     return run

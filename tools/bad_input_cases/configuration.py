@@ -10,7 +10,7 @@ from typing import Any
 from asag import load_config
 from asag.config.rules import RULES, Range, check_config
 from asag.engine import Trainer
-from asag.modeling.tta import check_test_augmentation
+from asag.inference.tta import check_test_augmentation
 
 import numpy as np
 from detectron2.config import CfgNode

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, nms
 
 from ..data.image_io import read_image
-from .layers.boxes import box_area, box_iou
-from .registry import check_choice
+from ..modeling.layers.boxes import box_area, box_iou
+from ..modeling.registry import check_choice
 
 Detections = tuple[Tensor, Tensor, Tensor]
 """Boxes (D, 4) xyxy, scores (D,), classes (D,)."""

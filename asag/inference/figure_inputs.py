@@ -20,7 +20,7 @@ from ..data import SparseDetectionMapper, register_coco_folder
 from ..data.catalog import check_registered
 from ..data.image_io import read_image
 from ..data.mapper import eval_augmentations
-from ..engine.commands import choose_device, use_data
+from ..engine.defaults import choose_device, use_data
 
 
 def open_model(

@@ -1,0 +1,170 @@
+"""Steps that the entrances of the library share: configuration, device, data, logging, errors."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.logger import setup_logger
+
+from ..config import find_config, load_config
+from ..data import (
+    CocoSplit,
+    RegisteredFolder,
+    SampleError,
+    register_coco_folder,
+    register_coco_splits,
+)
+from ..files import atomic_writer
+from .log_files import keep_files_plain
+
+DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
+USER_ERROR = 2  # exit code for errors that the user can fix
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments that `register_data` reads."""
+    data = parser.add_argument_group("data of your own, in COCO format")
+    data.add_argument("--data", metavar="DIR", help="folder in one of the usual layouts")
+    data.add_argument("--evaluate-on-train", action="store_true", help="there is no other split")
+    for split in ("train", "val"):
+        data.add_argument(f"--{split}-json", metavar="FILE", help=f"{split} annotations")
+        data.add_argument(f"--{split}-images", metavar="DIR", help=f"folder of the {split} images")
+
+
+def configure(args: argparse.Namespace) -> tuple[CfgNode, CfgNode]:
+    """Reads the configuration with overrides (not frozen), and the file's own.
+
+    OUTPUT_DIR is output/<name of the file> unless the file or the command line says otherwise.
+
+    Raises:
+        ValueError: an unknown file or value, or an override that would do nothing.
+    """
+    path = find_config(args.config_file)
+    recipe = load_config(str(path))
+    cfg = load_config(str(path), args.opts or ())
+    without_effect = {"SOLVER.MAX_ITER", "SOLVER.STEPS"} & set((args.opts or [])[::2])
+    if without_effect and cfg.SOLVER.EPOCHS > 0:
+        raise ValueError(
+            f"{min(without_effect)} has no effect while SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: "
+            "set SOLVER.EPOCHS instead, or add SOLVER.EPOCHS 0 to count in iterations"
+        )
+    cfg.defrost()
+    if cfg.OUTPUT_DIR == "./output":  # Detectron2's default
+        cfg.OUTPUT_DIR = os.path.join("output", path.stem)
+    return cfg, recipe
+
+
+def choose_device(cfg: CfgNode, num_gpus: int, say: Any = print) -> bool:
+    """Sets MODEL.DEVICE to a device that exists, and says so if it is not the configured one.
+
+    Returns:
+        True if the processes use CUDA.
+    """
+    if num_gpus == 0:
+        cfg.MODEL.DEVICE = "cpu"
+    elif cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        say(f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but torch sees no CUDA device: using the CPU")
+        cfg.MODEL.DEVICE = "cpu"
+    return cfg.MODEL.DEVICE.startswith("cuda")
+
+
+def register_data(args: argparse.Namespace, output_dir: str) -> RegisteredFolder | None:
+    """Registers --data, or --train-json and its kin.
+
+    Args:
+        args: of the command line.
+        output_dir: where cleaned copies of annotation files go.
+
+    Returns:
+        What was registered; None when the configuration's own data sets are used.
+
+    Raises:
+        DatasetError: the files cannot be used.
+        ValueError: contradicting arguments.
+    """
+    explicit = {name: getattr(args, name) for name in ("train_json", "val_json")}
+    if not args.data and not any(explicit.values()):
+        return None
+    if args.data and any(explicit.values()):
+        raise ValueError("pass either --data DIR or --train-json FILE, not both")
+    if args.data:
+        registered = register_coco_folder(
+            args.data, output_dir=output_dir, evaluate_on_train=args.evaluate_on_train
+        )
+    else:
+        if not args.train_json:
+            raise ValueError("--val-json needs --train-json: it defines the classes")
+        if not args.val_json and not args.evaluate_on_train:
+            raise ValueError("--train-json needs --val-json FILE, or --evaluate-on-train")
+        val = _split(args.val_json, args.val_images) if args.val_json else None
+        registered = register_coco_splits(
+            Path(args.train_json).resolve().parent.name or "data",
+            train=_split(args.train_json, args.train_images),
+            val=val,
+            output_dir=output_dir,
+        )
+    return registered
+
+
+def use_data(cfg: CfgNode, registered: RegisteredFolder, say: Any = print) -> None:
+    """Sets DATASETS and MODEL.ROI_HEADS.NUM_CLASSES to registered data."""
+    cfg.DATASETS.TRAIN = (registered.train,)
+    cfg.DATASETS.TEST = (registered.val,)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(registered.class_names)
+    fullest = max(report.max_boxes_per_image for report in registered.reports)
+    queries = cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES
+    if fullest > queries:
+        say(
+            f"WARNING: an image has {fullest} boxes, but there are {queries} queries, which find "
+            "one object each at most. Raise MODEL.PROPOSAL_GENERATOR.NUM_QUERIES."
+        )
+    kept = cfg.TEST.DETECTIONS_PER_IMAGE
+    if fullest > kept:
+        say(
+            f"WARNING: an image has {fullest} boxes, but only the {kept} best detections of an "
+            "image are kept. Raise TEST.DETECTIONS_PER_IMAGE."
+        )
+
+
+def _split(json_file: str, images: str | None) -> CocoSplit:
+    return CocoSplit(Path(json_file), (Path(images) if images else Path(json_file).parent,))
+
+
+def default_setup(cfg: CfgNode) -> None:
+    """Prepares a process: output folder, loggers, environment report, seed."""
+    rank = comm.get_rank()
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    for name in ("fvcore", "detectron2", "asag"):
+        keep_files_plain(setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, name=name))
+    if comm.is_main_process():
+        with atomic_writer(Path(cfg.OUTPUT_DIR) / "environment.txt") as file:
+            file.write(collect_env_info() + "\n")
+    # Different on each process, so that they do not drop the same units.
+    seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
+
+
+def check_weights(cfg: CfgNode) -> None:
+    """Raises ValueError if MODEL.WEIGHTS names a local file that does not exist."""
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not os.path.isfile(weights):
+        raise ValueError(f"MODEL.WEIGHTS = {weights}: no such file")
+
+
+def report_error(error: Exception) -> int:
+    """Prints the message of an error, without a traceback, and returns the exit code for it."""
+    # str() of a KeyError is the repr of its message.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if isinstance(error, SampleError):  # a loader's process wraps its traceback around the message
+        message = message.rsplit("SampleError: ", 1)[-1].strip()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return USER_ERROR
