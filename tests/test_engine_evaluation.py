@@ -142,10 +142,11 @@ def test_training_evaluates_logs_and_keeps_the_best(tmp_path):
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_curves_follow_the_evaluations(monkeypatch):
+def test_curves_follow_the_evaluations(tmp_path, monkeypatch):
+    (tmp_path / "metrics.json").write_text('{"iteration": 0}')
     drawn = []
     monkeypatch.setattr("asag.engine.hooks.save_curves", lambda folder: drawn.append(str(folder)))
-    trainer = SimpleNamespace(cfg=SimpleNamespace(OUTPUT_DIR="here"), iter=0, max_iter=60)
+    trainer = SimpleNamespace(cfg=SimpleNamespace(OUTPUT_DIR=tmp_path), iter=0, max_iter=60)
     for period, expected in ((30, [40]), (20, [20, 40]), (0, [])):
         hook, seen = Curves(period, 20), []
         hook.trainer = trainer
