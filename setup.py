@@ -10,15 +10,22 @@ ROOT = Path(__file__).parent
 README = ROOT / "README.md"
 
 
+# What the console script runs, see asag/cli.py.
+COMMANDS = ("train_net.py", "demo/demo.py", "tools/export.py", "tools/report.py", "tools/doctor.py")
+
+
 class BuildWithConfigs(build_py):
-    """Copy `configs/` into built packages as `asag/model_configs`; an editable install reads it in
-    place."""
+    """Copies `configs/` and the commands of `asag` into built packages (`asag/model_configs`,
+    `asag/commands`); an editable install reads both in place."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib) / "asag" / "model_configs"
-            shutil.copytree(ROOT / "configs", target, dirs_exist_ok=True)
+            package = Path(self.build_lib) / "asag"
+            shutil.copytree(ROOT / "configs", package / "model_configs", dirs_exist_ok=True)
+            (package / "commands").mkdir(parents=True, exist_ok=True)
+            for file in COMMANDS:
+                shutil.copy(ROOT / file, package / "commands")
 
 
 setup(
@@ -32,6 +39,7 @@ setup(
     packages=find_namespace_packages(include=["asag", "asag.*"]),
     package_data={"asag.model_zoo": ["*.json", "weights/*"]},
     cmdclass={"build_py": BuildWithConfigs},
+    entry_points={"console_scripts": ["asag = asag.cli:main"]},
     # No "detectron2" here: PyPI has no project of that name. See tools/install_detectron2.py.
     install_requires=[
         "torch>=2.1",
