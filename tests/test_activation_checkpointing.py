@@ -28,6 +28,12 @@ SWIN = {
     "MODEL.SWIN.NUM_HEADS": "(1, 2, 3, 6)",
     "MODEL.FPN.IN_FEATURES": "['stage1', 'stage2', 'stage3', 'stage4']",
 }
+TIMM = {
+    "MODEL.TIMM.NAME": "tf_efficientnet_lite0",
+    "MODEL.TIMM.DROP_PATH_RATE": 0.2,
+    "MODEL.PIXEL_MEAN": "[127.5, 127.5, 127.5]",
+    "MODEL.PIXEL_STD": "[127.5, 127.5, 127.5]",
+}
 DEFORMABLE = {
     "MODEL.DECODER.STAGE": "deformable",
     "MODEL.BACKBONE.NAME": "build_slim_resnet",
@@ -46,6 +52,14 @@ FAMILIES = {
     "detr-padding": ("DETR/detr_tiny.yaml", {"MODEL.EXACT_PADDING": True}),
     "conditional": ("ConditionalDETR/conditional_detr_tiny.yaml", {}),
     "swin": ("SparseRCNN/sparse_rcnn_tiny.yaml", SWIN),
+    "timm": (
+        "SparseRCNN/sparse_rcnn_tiny.yaml",
+        TIMM | {"MODEL.BACKBONE.NAME": "build_timm_fpn_backbone"},
+    ),
+    "timm-padding": (
+        "DETR/detr_tiny.yaml",
+        TIMM | {"MODEL.BACKBONE.NAME": "build_timm_backbone", "MODEL.EXACT_PADDING": True},
+    ),
 }
 
 

@@ -77,6 +77,13 @@ OVERLAPPING = {"MODEL.PROPOSAL_GENERATOR.BOX_INIT": "image", "MODEL.NMS_THRESH_T
 FIXED = {"MODEL.ASAG.PATCH_CAPACITY": 2, "MODEL.ASAG.ANCHOR_CAPACITY": 20}
 UNSEARCHED = {"MODEL.ASAG.FINEST_LEVEL_TEST": 5}
 BGR = {"INPUT.FORMAT": "BGR"}
+TIMM = {
+    "MODEL.BACKBONE.NAME": "build_timm_backbone",
+    "MODEL.TIMM.NAME": "tf_efficientnet_lite0",  # padded as TensorFlow does it
+    "MODEL.TIMM.OUT_STRIDES": "(16,)",
+    "MODEL.PIXEL_MEAN": "[127.5, 127.5, 127.5]",
+    "MODEL.PIXEL_STD": "[127.5, 127.5, 127.5]",
+}
 
 # name -> configuration, what is changed in it, and images of a batch (None: any number). The time
 # that torch takes goes with the operations in the graph, so what families share is in one of them:
@@ -91,6 +98,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], int | None]] = {
     "DynamicSparseRCNN": ("DynamicSparseRCNN/dynamic_sparse_rcnn_tiny.yaml", OVERLAPPING, 2),
     "DETR": ("DETR/detr_tiny.yaml", STAGES, None),
     "ConditionalDETR": ("ConditionalDETR/conditional_detr_tiny.yaml", STAGES, 2),
+    "timm": ("DETR/detr_tiny.yaml", TIMM, 2),
     "ASAG-S": ("ASAG/asag_tiny.yaml", FIXED, None),
     "ASAG-A": ("ASAG/asag_a_r50_100_1x.yaml", FIXED | FPN | UNSEARCHED, 2),
     "ASAG-D": ("ASAG/asag_d_r50_100_3x.yaml", FIXED | PLAIN | UNSEARCHED, 2),

@@ -6,6 +6,7 @@
 | `https://host/path/model.pth` | a file of a web server |
 | `https://.../model.pth#sha256=<64 hex digits>` | the same, with the sum it must have |
 | `hf://owner/name`, `hf://owner/name@revision/file` | a file of a Hugging Face repository |
+| `package://name/path/in/it` | a file of an installed Python package |
 | `detectron2://...` and other schemes | what Detectron2's `PathManager` makes of them |
 
 Downloads are kept below $FVCORE_CACHE (default `~/.torch/iopath_cache`), by host and path; a file
@@ -36,6 +37,9 @@ from urllib.parse import quote, unquote, urlsplit
 from detectron2.utils.file_io import Detectron2Handler, PathManager
 from iopath.common.file_io import file_lock, get_cache_dir
 from tqdm import tqdm
+
+from .packages import SCHEME as PACKAGE
+from .packages import package_file
 
 ATTEMPTS = 3  # connections in a row that bring nothing new
 RETRY_WAIT_S = 1.0  # before the second attempt; doubled from then on
@@ -74,6 +78,8 @@ def local_file(address: str) -> str:
     scheme, separator, rest = address.partition("://")
     if scheme == "hf" and separator:
         return str(_from_hugging_face(rest))
+    if scheme == PACKAGE and separator:
+        return str(package_file(rest))
     if f"{scheme}{separator}" == Detectron2Handler.PREFIX:
         address = Detectron2Handler.S3_DETECTRON2_PREFIX + rest
     if address.startswith(("http://", "https://")):

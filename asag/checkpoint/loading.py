@@ -17,6 +17,7 @@ from .reading import UnreadableError, read_checkpoint
 from .report import BATCH_COUNTER, LoadedFile
 from .resnet import image_classifier_to_ours, is_image_classifier
 from .swin import swin_to_ours
+from .timm import EFFICIENTNET_MARK, holds_timm_network, timm_to_ours
 
 # Parameters that only a Swin Transformer by itself has: the authors' name, torchvision's name.
 _SWIN_MARKS = ("patch_embed.norm.weight", "features.1.0.attn.relative_position_bias_table")
@@ -35,14 +36,17 @@ def to_library_names(
     as buffers of a loss, keep their names, and loading reports them as left out.
 
     Args:
-        state: parameter name -> tensor of a whole detector, or of a Swin Transformer or residual
-            network trained on image classification.
-        model_names: of the model that shall have them; weights of a residual network need them.
+        state: parameter name -> tensor of a whole detector, or of a Swin Transformer, residual
+            network or network of timm trained on image classification.
+        model_names: of the model that shall have them; weights of an image classifier need them.
 
     Raises:
-        ValueError: weights of a residual network for a model without one, or a part of a matrix is
-            missing.
+        ValueError: weights of an image classifier for a model without such a network, or a part of
+            a matrix is missing.
     """
+    model_names = list(model_names)
+    if EFFICIENTNET_MARK in state or holds_timm_network(state, model_names):
+        return timm_to_ours(state, model_names)
     if any(mark in state for mark in _SWIN_MARKS):
         return swin_to_ours(state)
     if is_image_classifier(state):
@@ -74,6 +78,8 @@ def detector_layout(names: Iterable[str]) -> tuple[str | None, list[str]]:
 def source_of(names: Iterable[str]) -> str:
     """Whose parameter names these are, for messages."""
     names = set(names)
+    if EFFICIENTNET_MARK in names:
+        return "an image classifier, an EfficientNet"
     if not names.isdisjoint(_SWIN_MARKS):
         return "an image classifier, a Swin Transformer"
     if is_image_classifier(names):

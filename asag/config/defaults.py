@@ -91,6 +91,30 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.SWIN.NUM_HEADS = (3, 6, 12, 24)
     cfg.MODEL.SWIN.WINDOW_SIZE = 7
     cfg.MODEL.SWIN.DROP_PATH_RATE = 0.2
+    _add_timm(cfg)
+
+
+def _add_timm(cfg: CN) -> None:
+    """Networks of timm: "build_timm_fpn_backbone", or without pyramid "build_timm_backbone"."""
+    # MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must be the network's own, and MODEL.BACKBONE.FREEZE_AT
+    # n keeps everything up to "resn" as it is (1: the stem, 0: nothing).
+    cfg.MODEL.TIMM = CN()
+    t = cfg.MODEL.TIMM
+    # Name of a timm model, perhaps with a tag for its weights ("resnet50.a1_in1k").
+    t.NAME = "tf_efficientnet_lite0"
+    # Start from timm's weights, which timm downloads; or from a file or any address of weights,
+    # with timm's names or EfficientNet-PyTorch's. Neither is used where MODEL.WEIGHTS is set.
+    t.PRETRAINED = False
+    t.WEIGHTS = ""
+    # Strides of the feature maps: 4 is "res2", 8 "res3", 16 "res4", 32 "res5".
+    t.OUT_STRIDES = (4, 8, 16, 32)
+    # Batch norms: "BN" (trained, statistics of each batch), "SyncBN" (statistics of all processes),
+    # "FrozenStatistics" (scale and shift are trained) or "FrozenBN" (nothing is). Other norms are
+    # trained, except in frozen stages.
+    t.NORM = "BN"
+    # Rate at which the last block's residual branch is dropped while training (falling linearly
+    # to 0 at the first block), 0 to 1.
+    t.DROP_PATH_RATE = 0.0
 
 
 def _add_dynamic_proposals(cfg: CN) -> None:

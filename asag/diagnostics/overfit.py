@@ -127,7 +127,7 @@ def overfit_config(cfg: CfgNode, steps: int) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DECODER.DROPOUT = 0.0
-    cfg.MODEL.SWIN.DROP_PATH_RATE = 0.0
+    cfg.MODEL.SWIN.DROP_PATH_RATE = cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
     cfg.MODEL.ASAG.GT_WARMUP_ITERS = min(cfg.MODEL.ASAG.GT_WARMUP_ITERS, steps // 4)
     cfg.SOLVER.MAX_ITER = steps
     cfg.freeze()

@@ -7,10 +7,14 @@ float32.
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import torch
 from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from ..modeling.backbone import TimmBackbone
 from ..modeling.meta_arch import SparseDetector
 from ..modeling.registry import check_choice
 
@@ -57,10 +61,11 @@ def prepare_for_inference(
 
 @torch.no_grad()
 def fold_batch_norms(module: nn.Module) -> int:
-    """Multiplies the norms of Detectron2's convolutions into their weights, in place.
+    """Multiplies batch norms into the weights of the convolutions in front of them, in place.
 
     Norms with fixed statistics are linear: what follows a convolution can be part of it. Norms that
-    depend on the input (GroupNorm, LayerNorm) stay.
+    depend on the input (GroupNorm, LayerNorm) stay, and so do those of timm's networks that follow
+    no convolution.
 
     Returns:
         How many norms are gone.
@@ -69,13 +74,82 @@ def fold_batch_norms(module: nn.Module) -> int:
     for conv in module.modules():
         norm = getattr(conv, "norm", None)
         if isinstance(conv, nn.Conv2d) and isinstance(norm, NORMS):
-            scale, shift = affine_of(norm)
-            bias = shift if conv.bias is None else conv.bias * scale + shift
-            conv.weight.copy_(conv.weight * scale[:, None, None, None])
-            conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+            _fold(conv, norm)
             conv.norm = None
             folded += 1
+    for network in [x for x in module.modules() if isinstance(x, TimmBackbone)]:
+        pairs = _convolutions_and_norms(network)
+        names = {norm: name for name, norm in network.named_modules()}
+        for conv, norm in pairs:
+            _fold(conv, norm)
+            parent, _, child = names[norm].rpartition(".")
+            # timm's norms often hold the activation behind them.
+            setattr(network.get_submodule(parent), child, getattr(norm, "act", nn.Identity()))
+        folded += len(pairs)
     return folded
+
+
+def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
+    scale, shift = affine_of(norm)
+    bias = shift if conv.bias is None else conv.bias * scale + shift
+    conv.weight.copy_(conv.weight * scale[:, None, None, None])
+    conv.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+
+
+def _convolutions_and_norms(network: TimmBackbone) -> list[tuple[nn.Conv2d, nn.Module]]:
+    """Pairs of a convolution and the norm that is the only reader of its output.
+
+    In a network of timm both are modules of their own, and their order is known only when it runs:
+    the graph that autograd records has every reader of an output.
+    """
+    from timm import layers
+    from torchvision.ops.misc import FrozenBatchNorm2d as TorchvisionFrozen
+
+    # Exactly these: subclasses compute something else with the same parameters.
+    frozen = (TorchvisionFrozen, layers.FrozenBatchNormAct2d)
+    trained = (nn.BatchNorm2d, layers.BatchNormAct2d, nn.SyncBatchNorm, layers.SyncBatchNormAct)
+    runs: Counter[nn.Module] = Counter()
+    conv_of: dict[Any, nn.Conv2d] = {}
+    norm_inputs: list[tuple[Any, nn.Module]] = []
+
+    def after_conv(conv: nn.Module, _inputs: Any, output: Tensor) -> None:
+        runs[conv] += 1
+        conv_of[output.grad_fn] = conv
+
+    def before_norm(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        runs[norm] += 1
+        norm_inputs.append((inputs[0].grad_fn, norm))
+
+    handles = []
+    for module in network.modules():
+        if type(module) in (nn.Conv2d, layers.Conv2dSame):
+            handles.append(module.register_forward_hook(after_conv))
+        elif type(module) in (*frozen, *trained):
+            handles.append(module.register_forward_pre_hook(before_norm))
+    weight = next(network.parameters())
+    side = 2 * network.size_divisibility
+    with torch.enable_grad():
+        image = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
+        outputs = network(image.requires_grad_())
+    for handle in handles:
+        handle.remove()
+    readers = _readers(list(outputs.values()))
+    return [
+        (conv_of[node], norm)
+        for node, norm in norm_inputs
+        if node in conv_of and readers[node] == runs[conv_of[node]] == runs[norm] == 1
+    ]
+
+
+def _readers(outputs: list[Tensor]) -> Counter[Any]:
+    """Counts the readers of each node of autograd's graph; the caller of an output is one."""
+    readers = Counter(x.grad_fn for x in outputs)
+    waiting = list(readers)
+    while waiting:
+        following = [x for x, _ in waiting.pop().next_functions if x is not None]
+        waiting += [x for x in set(following) if x not in readers]
+        readers.update(following)
+    return readers
 
 
 def affine_of(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class Runs:
 def cases(seed: int) -> list[Case]:
     """All of them; the seed chooses where files are cut off or changed."""
     rng = np.random.default_rng(seed)
-    return [*_damaged(rng), *_not_weights(rng), *_code(), *_other_contents()]
+    return [*_damaged(rng), *_not_weights(rng), *_packages(), *_code(), *_other_contents()]
 
 
 @functools.cache
@@ -130,6 +130,23 @@ def _not_weights(rng: np.random.Generator) -> Iterator[Case]:
     happens = "names the file"
     for name, run in (("absent", absent), ("a folder", is_folder)):
         yield _error("no weights file", name, happens, run, FILE, "MODEL.WEIGHTS")
+
+
+def _packages() -> Iterator[Case]:
+    """Addresses of files in Python packages; yacs is one that is there."""
+    for name, address, says, remedy in (
+        ("not installed", "no-such-package/a.pth", "is not installed", "pip install no-such"),
+        ("no such file", "yacs/no/such.pth", "no file no/such.pth", "weights in it: none"),
+        ("no path", "yacs", "package://yacs", "write package://PACKAGE/PATH"),
+    ):
+
+        def run(folder: Path, address: str = address) -> str:
+            AtomicCheckpointer(model(), str(folder)).load(f"package://{address}")
+            return ""
+
+        happens = "names the package and what is needed"
+        says = (address.partition("/")[0], says)
+        yield Case("checkpoints", "file of a package", name, happens, run, says, remedy)
 
 
 def _code() -> Iterator[Case]:

@@ -21,6 +21,7 @@ CONDITIONAL = "ConditionalDETR/conditional_detr_tiny.yaml"
 TINY = "SparseRCNN/sparse_rcnn_tiny.yaml"
 WRONG = "no-such-choice"
 FREE = ("MODEL.META_ARCHITECTURE", "SparseDetector")
+TIMM = ("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "test_resnet")
 
 # Keys whose value is a name, with a configuration that reads them. Every other choice of the
 # library is tried with the tiny Sparse R-CNN.
@@ -165,6 +166,7 @@ def _choices() -> Iterator[Case]:
         "SOLVER.AMP.DTYPE": ("SOLVER.AMP.ENABLED", "True"),
         "TEST.AUG.MERGE": ("TEST.AUG.ENABLED", "True"),
         "INPUT.CROP.TYPE": ("INPUT.CROP.ENABLED", "True"),
+        "MODEL.TIMM.NORM": TIMM,
     }.items():
         run = overridden(TINY, key, WRONG, *words)
         happens = "names the key and the choices"
@@ -183,9 +185,14 @@ def _lists() -> Iterator[Case]:
         ("MODEL.DECODER.NUM_HEADS", "7", TINY, ("7",), "a multiple"),
         ("SOLVER.IMS_PER_BATCH", "3", TINY, ("3", "ACCUMULATE_STEPS"), "multiple"),
         ("SOLVER.STEPS", "(9, 5)", TINY, (), "must rise"),
+        ("MODEL.TIMM.NAME", "no-such-choice", TINY, (WRONG,), "timm.list_models()"),
+        ("MODEL.TIMM.OUT_STRIDES", "(4, 8, 16, 32, 64)", TINY, ("64",), "choose different"),
+        ("MODEL.PIXEL_MEAN", "[0, 0, 0]", TINY, ("test_resnet",), "set MODEL.PIXEL_MEAN"),
     ]
     for key, value, config, says, remedy in rows:
         words = [key, value]
+        if key.startswith(("MODEL.TIMM", "MODEL.PIXEL")):
+            words = [*TIMM, *words]
         if key == "SOLVER.IMS_PER_BATCH":
             words += ["SOLVER.ACCUMULATE_STEPS", "2"]
         if key == "SOLVER.STEPS":
@@ -197,7 +204,8 @@ def _lists() -> Iterator[Case]:
 
 
 def _keys(rng: np.random.Generator) -> Iterator[Case]:
-    for key in rng.choice(list(RULES), size=8, replace=False).tolist():
+    keys = [key for key in RULES if len(key.rpartition(".")[2]) > 2]
+    for key in rng.choice(keys, size=8, replace=False).tolist():
         place = int(rng.integers(key.rfind(".") + 2, len(key)))
         for title, wrong in {
             "a letter less": key[:place] + key[place + 1 :],

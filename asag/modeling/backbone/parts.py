@@ -8,13 +8,16 @@ from detectron2.modeling.backbone import ResNet
 from torch import nn
 
 from .swin import Swin
+from .timm_backbone import TimmBackbone
 
 
 def backbone_stages(backbone: nn.Module) -> Iterator[nn.Module]:
-    """The stages of the residual network or Swin Transformer inside of a backbone; none where it is
-    something else."""
+    """The stages of the residual network, Swin Transformer or network of timm inside of a backbone;
+    none where it is something else."""
     for module in backbone.modules():
         if isinstance(module, ResNet):
             yield from module.stages
         elif isinstance(module, Swin):
             yield from module.features[1::2]
+        elif isinstance(module, TimmBackbone):
+            yield from module.stages
