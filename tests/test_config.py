@@ -82,7 +82,7 @@ def test_later_values_win_and_the_defaults_stay():
         ("MODEL.CRITERION.NAME", "Hinge"),
         ("MODEL.CRITERION.CLASS_LOSS", "hinge"),
         ("MODEL.CRITERION.L1_FORMAT", "xywh"),
-        ("MODEL.CRITERION.NORMALizER", "images"),
+        ("MODEL.CRITERION.NORMALIZER", "images"),
         ("MODEL.DECODER.ACTIVATION", "swish"),
         ("MODEL.DECODER.SELF_ATTENTION", "linear"),
         ("MODEL.DECODER.NUM_STAGES", "0"),

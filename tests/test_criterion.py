@@ -222,7 +222,7 @@ def test_gather_targets_equals_the_loop():
     [
         ("class_loss", "CLASS_LOSS"),
         ("l1_format", "L1_FORMAT"),
-        ("normalizer", "NORMALizER"),
+        ("normalizer", "NORMALIZER"),
     ],
 )
 def test_unknown_choices_name_their_key(option, key):

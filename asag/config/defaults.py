@@ -159,7 +159,7 @@ def _add_decoder(cfg: CN) -> None:
     # weighted by the IoU of the queries' boxes), "iou" (the IoU matrix alone) or "none".
     d.SELF_ATTENTION = "msa"
     # SELF_ATTENTION "iou": divide each row of the IoU matrix by its sum.
-    d.IOU_ROW_NORMALizE = True
+    d.IOU_ROW_NORMALIZE = True
     # Dynamic channel weighting: each query masks the channels of its box features anew for
     # classification and for regression, each with its own path to the predictors.
     d.DCW = False
@@ -313,7 +313,7 @@ def _add_matching(cfg: CN) -> None:
     c.SCORE_EXPONENT = 0.4
     c.IOU_EXPONENT = 0.6
     # Sums are divided by the number of "objects", or of "positives" of each stage.
-    c.NORMALizER = "objects"
+    c.NORMALIZER = "objects"
     # A loss for every stage, or for the last one only.
     c.DEEP_SUPERVISION = True
 

@@ -56,7 +56,7 @@ class SetCriterion(nn.Module):
         super().__init__()
         check_choice("MODEL.CRITERION.CLASS_LOSS", class_loss, ("focal", "softmax"))
         check_choice("MODEL.CRITERION.L1_FORMAT", l1_format, ("xyxy", "cxcywh"))
-        check_choice("MODEL.CRITERION.NORMALizER", normalizer, ("objects", "positives"))
+        check_choice("MODEL.CRITERION.NORMALIZER", normalizer, ("objects", "positives"))
         self.class_loss = class_loss
         self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
         self.l1_format = l1_format
@@ -78,7 +78,7 @@ class SetCriterion(nn.Module):
             "focal_alpha": c.FOCAL_ALPHA,
             "focal_gamma": c.FOCAL_GAMMA,
             "no_object_weight": c.NO_OBJECT_WEIGHT,
-            "normalizer": c.NORMALizER,
+            "normalizer": c.NORMALIZER,
             "deep_supervision": c.DEEP_SUPERVISION,
         }
 

@@ -21,7 +21,7 @@ def build_attention(cfg: CfgNode) -> nn.Module:
     if kind == "none":
         return NoAttention()
     if kind == "iou":
-        return IoUAttention(dim=dim, row_normalize=decoder.IOU_ROW_NORMALizE, dropout=dropout)
+        return IoUAttention(dim=dim, row_normalize=decoder.IOU_ROW_NORMALIZE, dropout=dropout)
     attention = IoUEnhancedSelfAttention if kind == "iou_esa" else SelfAttention
     return attention(dim=dim, num_heads=decoder.NUM_HEADS, dropout=dropout)
 
