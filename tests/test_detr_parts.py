@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from asag import get_asag_cfg
 from asag.modeling.backbone import ZeroPadding, build_dc5_resnet_backbone
 from asag.modeling.backbone.zero_padding import padding_masks
-from asag.modeling.layers.feed_forward import make_mlp
+from asag.modeling.layers.feed_forward import Residual, make_mlp
 from asag.modeling.layers.position_encoding import (
     FeaturePositions,
     cell_mask,
@@ -26,7 +26,6 @@ from asag.modeling.layers.position_encoding import (
     sine_embedding,
     valid_cells,
 )
-from asag.modeling.layers.residual import Residual
 from asag.modeling.neck.transformer_encoder import EncoderLayer
 from asag.modeling.roi_heads.detr.cross_attention import (
     DETRCrossAttention,

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from asag.config import add_asag_config
-from asag.modeling.matching.build import MATCHER_REGISTRY
 from asag.modeling.matching.cost import MatchingCost
 from asag.modeling.matching.dynamic_k import UnitPolicy
 from asag.modeling.matching.optimal_transport import OptimalTransportMatcher, transport_cost
 from asag.modeling.matching.transport import SinkhornTransport
+from asag.modeling.registry import MATCHER_REGISTRY
 from asag.structures import Predictions, Targets
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))

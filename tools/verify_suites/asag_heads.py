@@ -21,7 +21,7 @@ from asag.modeling.proposal_generator.asag.block import ProposalBlock
 from asag.modeling.roi_heads import AdaMixerStage, DynamicConvStage, ParallelHeads
 from asag.modeling.roi_heads.asag.deformable import DeformableStage
 from asag.modeling.roi_heads.asag.heads import RoIReader, read_maps
-from asag.modeling.roi_heads.sparse_rcnn.interaction import DynamicInteraction
+from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import DynamicInteraction
 from asag.structures import ImageSizes, Predictions, Queries
 
 import torch

@@ -9,8 +9,11 @@ from typing import Any
 from asag.checkpoint import SPARSE_RCNN
 from asag.modeling.layers.attention import SelfAttention
 from asag.modeling.roi_heads import DynamicConvStage
-from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import DynamicConv, RoIProjection
-from asag.modeling.roi_heads.sparse_rcnn.interaction import DynamicInteraction
+from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import (
+    DynamicConv,
+    DynamicInteraction,
+    RoIProjection,
+)
 
 import torch
 from torch import nn

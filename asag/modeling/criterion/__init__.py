@@ -1,6 +1,6 @@
 """Criteria: how wrong the predictions are."""
 
-from .build import CRITERION_REGISTRY, build_criterion
+from ..registry import CRITERION_REGISTRY, build_criterion
 from .query_weighting import QueryWeightingCriterion
 from .set_criterion import SetCriterion
 

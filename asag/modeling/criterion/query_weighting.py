@@ -15,7 +15,7 @@ from torch import Tensor
 from ...structures import Predictions, Targets
 from ..layers.boxes import at_least_float32, box_area, box_giou, box_iou, xyxy_to_cxcywh
 from ..layers.loss_weights import QueryWeights, weigh_area
-from .build import CRITERION_REGISTRY
+from ..registry import CRITERION_REGISTRY
 from .set_criterion import SetCriterion, gather_targets
 
 

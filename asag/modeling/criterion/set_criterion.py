@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ...structures import Predictions, Targets
 from ..layers.boxes import at_least_float32, box_giou, xyxy_to_cxcywh
 from ..layers.loss_weights import mean_over_workers
-from ..registry import check_choice
-from .build import CRITERION_REGISTRY
+from ..registry import CRITERION_REGISTRY, check_choice
 
 
 @CRITERION_REGISTRY.register()

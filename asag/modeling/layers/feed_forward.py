@@ -1,7 +1,9 @@
-"""Position-wise networks: the feed-forward block of a stage and the towers before its
-predictors."""
+"""Building blocks of encoder layers and decoder stages: residual connection, feed-forward block,
+and the towers in front of the predictors."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -19,6 +21,28 @@ def make_activation(name: str) -> nn.Module:
             f"MODEL.DECODER.ACTIVATION is {name!r}; choose one of: {', '.join(ACTIVATIONS)}"
         )
     return ACTIVATIONS[name]()
+
+
+class Residual(nn.Module):
+    """LN(x + f(x)) (Vaswani et al., 2017), or x + f(LN(x)) with `pre_norm`."""
+
+    def __init__(self, *, dim: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
+        """
+        Args:
+            dim: channels of x, (..., dim).
+            dropout: rate on f's output while training.
+            pre_norm: norm in front of f instead of behind the sum.
+        """
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        self.pre_norm = pre_norm
+
+    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Adds `sublayer`, a function of x that keeps its shape."""
+        if self.pre_norm:
+            return x + self.dropout(sublayer(self.norm(x)))
+        return self.norm(x + self.dropout(sublayer(x)))
 
 
 class FeedForward(nn.Module):

@@ -7,18 +7,25 @@ B images, N boxes an image, R = B * N, C channels, P pooled side, H_l x W_l cell
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from ..registry import check_choice
 from .boxes import at_least_float32, box_area
 from .exporting import is_exporting
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
+
+# Epsilon of the level rule: torchvision's pooler, which goes with the legacy alignment, and
+# Detectron2's.
+LEVEL_EPS = {"ROIAlign": 1e-6, "ROIAlignV2": 1e-8}
 
 
 @dataclass
@@ -204,3 +211,16 @@ class PyramidRoIAlign(nn.Module):
         index = torch.stack((below, above), dim=-1).long()
         weight = torch.stack((1 - share, share), dim=-1) * inside[..., None] / samples
         return (x.unflatten(1, (bins, samples)).flatten(2) for x in (index, weight))
+
+
+def build_pooler(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> PyramidRoIAlign:
+    """RoIAlign on the maps of `MODEL.ROI_HEADS.IN_FEATURES`, by `MODEL.ROI_BOX_HEAD.POOLER_*`."""
+    box_head = cfg.MODEL.ROI_BOX_HEAD
+    check_choice("MODEL.ROI_BOX_HEAD.POOLER_TYPE", box_head.POOLER_TYPE, tuple(LEVEL_EPS))
+    return PyramidRoIAlign(
+        strides=[input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES],
+        output_size=box_head.POOLER_RESOLUTION,
+        sampling_ratio=box_head.POOLER_SAMPLING_RATIO,
+        aligned=box_head.POOLER_TYPE == "ROIAlignV2",
+        level_eps=LEVEL_EPS[box_head.POOLER_TYPE],
+    )

@@ -1,6 +1,6 @@
 """Matchers: which query answers for which object."""
 
-from .build import MATCHER_REGISTRY, build_matcher
+from ..registry import MATCHER_REGISTRY, build_matcher
 from .cost import MatchingCost
 from .hungarian import HungarianMatcher, NonFiniteCostError
 from .optimal_transport import OptimalTransportMatcher

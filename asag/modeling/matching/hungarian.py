@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ...structures import Predictions, Targets
-from .build import MATCHER_REGISTRY
+from ..registry import MATCHER_REGISTRY
 from .cost import MatchingCost
 
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ...structures import Predictions, Targets
 from ..layers.boxes import at_least_float32, box_iou
-from ..registry import check_choice
-from .build import MATCHER_REGISTRY
+from ..registry import MATCHER_REGISTRY, check_choice
 from .cost import MatchingCost
 from .dynamic_k import UnitPolicy
 from .transport import SinkhornTransport, Transport, exact_transport

@@ -1,6 +1,6 @@
 """Necks: what stands between the backbone and everything that reads features."""
 
-from .build import NECK_REGISTRY, build_neck
+from ..registry import NECK_REGISTRY, build_neck
 from .deformable_encoder import DeformableEncoder
 from .transformer_encoder import TransformerEncoder
 

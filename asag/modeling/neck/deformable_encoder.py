@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from ...structures import ImageSizes
 from ..layers.deformable_attention import DeformableAttention, MultiScaleMemory, flatten_maps
-from ..layers.feed_forward import FeedForward
+from ..layers.feed_forward import FeedForward, Residual
 from ..layers.init import xavier_init_matrices
 from ..layers.position_encoding import FeaturePositions
-from ..layers.residual import Residual
-from .build import NECK_REGISTRY
+from ..registry import NECK_REGISTRY
 
 NORM_GROUPS = 32
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from ...structures import ImageSizes
 from ..layers.attention import SelfAttention
-from ..layers.feed_forward import FeedForward
+from ..layers.feed_forward import FeedForward, Residual
 from ..layers.init import xavier_init_matrices
 from ..layers.position_encoding import FeaturePositions
-from ..layers.residual import Residual
-from .build import NECK_REGISTRY
+from ..registry import NECK_REGISTRY
 
 OUTPUT = "memory"
 

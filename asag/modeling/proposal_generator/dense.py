@@ -23,7 +23,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 
 from ...structures import ImageSizes, Queries, Targets
-from ..layers.features import check_features
+from ..registry import check_features
 from .asag.block import ProposalBlock, build_proposal_block
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from ...layers.feed_forward import FeedForward
 from ...layers.init import xavier_init_matrices
 from ...layers.overlap_attention import PositionedSelfAttention
-from ...layers.pooler import build_pooler
-from ...layers.roi_align import PyramidRoIAlign
+from ...layers.roi_align import PyramidRoIAlign, build_pooler
 from ...layers.xyzr import XYZRPredictor, boxes_to_xyzr
 
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ....structures import ImageSizes, Queries, Targets
 from ...layers.boxes import at_least_float32, cxcywh_to_xyxy
-from ...layers.features import check_features
 from ...layers.loss_weights import QueryWeights
 from ...matching.cost import MatchingCost
+from ...registry import check_features
 from .anchor_loss import AnchorCriterion
 from .anchors import AdaptiveAnchorGenerator, GeneratedAnchors, ProbingRules
 from .block import ProposalBlock, build_proposal_block

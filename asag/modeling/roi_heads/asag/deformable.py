@@ -15,10 +15,9 @@ from ....structures import ImageSizes
 from ...layers.attention import SelfAttention
 from ...layers.boxes import at_least_float32, cxcywh_to_xyxy, xyxy_to_cxcywh
 from ...layers.deformable_attention import DeformableAttention, MultiScaleMemory, flatten_maps
-from ...layers.feed_forward import FeedForward, make_mlp
+from ...layers.feed_forward import FeedForward, Residual, make_mlp
 from ...layers.init import prior_bias, xavier_init_matrices
 from ...layers.position_encoding import TEMPERATURE, inverse_sigmoid
-from ...layers.residual import Residual
 
 
 def read_memory(maps: Sequence[Tensor], sizes: ImageSizes) -> MultiScaleMemory:

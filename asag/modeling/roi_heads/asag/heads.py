@@ -17,10 +17,8 @@ from torch import Tensor, nn
 
 from ....structures import ImageSizes, Predictions, Queries
 from ...layers.boxes import at_least_float32
-from ...layers.features import check_features
-from ...layers.pooler import build_pooler
-from ...layers.roi_align import PyramidRoIAlign
-from ...registry import check_choice
+from ...layers.roi_align import PyramidRoIAlign, build_pooler
+from ...registry import check_choice, check_features
 from ..sparse_rcnn.build import build_attention, build_interaction
 from ..sparse_rcnn.stage import DynamicConvStage
 from .adamixer import AdaMixerStage

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ...layers.feed_forward import FeedForward
-from ...layers.residual import Residual
+from ...layers.feed_forward import FeedForward, Residual
 from ..sparse_rcnn.channel_weighting import ChannelMask
 from .conditional_attention import SpatialQuery
 from .cross_attention import CrossAttention, StageMemory

@@ -9,7 +9,7 @@ from ...layers.attention import SelfAttention
 from ...registry import check_choice
 from .channel_weighting import ChannelWeightedInteraction
 from .disentangled import DisentangledInteraction
-from .interaction import DynamicInteraction
+from .dynamic_conv import DynamicInteraction
 from .iou_esa import IoUAttention, IoUEnhancedSelfAttention, NoAttention
 
 

@@ -13,8 +13,7 @@ from detectron2.modeling import ROI_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ....structures import ImageSizes, Predictions, Queries
-from ...layers.pooler import build_pooler
-from ...layers.roi_align import PyramidRoIAlign
+from ...layers.roi_align import PyramidRoIAlign, build_pooler
 from .build import build_attention, build_interaction
 from .stage import DynamicConvStage
 
