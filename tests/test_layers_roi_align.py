@@ -165,7 +165,7 @@ def test_adaptive_sampling_is_refused():
 )
 def test_heads_of_sparse_rcnn_read_the_pooler_type(kind, aligned, eps):
     cfg = load_config(str(TINY), ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", kind, "MODEL.DEVICE", "cpu"])
-    pooler = build_model(cfg).roi_heads.pooler
+    pooler = build_model(cfg).roi_heads.reader.pooler
     assert (pooler.aligned, pooler.level_eps) == (aligned, eps)
 
 

@@ -18,9 +18,9 @@ from asag.modeling.proposal_generator.asag.anchors import (
     AdaptiveAnchorGenerator,
 )
 from asag.modeling.proposal_generator.asag.block import ProposalBlock
-from asag.modeling.roi_heads import AdaMixerStage, DynamicConvStage, ParallelHeads
+from asag.modeling.roi_heads import AdaMixerStage, DynamicConvStage, ParallelHeads, RoIReader
 from asag.modeling.roi_heads.asag.deformable import DeformableStage
-from asag.modeling.roi_heads.asag.heads import RoIReader, read_maps
+from asag.modeling.roi_heads.asag.heads import read_maps
 from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import DynamicInteraction
 from asag.structures import ImageSizes, Predictions, Queries
 
@@ -225,7 +225,7 @@ def verify_deformable(case: dict[str, Any]) -> Iterator[Check]:
         with torch.no_grad():
             attended = stage.layer.cross_attention(c["query"] + c["query_pos"], reference, memory)
             query = stage.layer(c["query"], c["query_pos"], boxes, memory, None)
-            logits, refined = stage.predict(query, boxes)
+            logits, refined = stage.refine_boxes(query, boxes)
         for key, actual, atol in (
             ("cross_attention_of_query_plus_pos", attended, LOGITS),
             ("layer_output", query, LOGITS),

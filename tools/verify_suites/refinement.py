@@ -16,7 +16,7 @@ from asag.modeling.layers.roi_align import PyramidRoIAlign
 from asag.modeling.matching import HungarianMatcher, MatchingCost
 from asag.modeling.postprocess import select_detections
 from asag.modeling.proposal_generator import LearnedProposals
-from asag.modeling.roi_heads import DynamicConvHeads, DynamicConvStage
+from asag.modeling.roi_heads import DynamicConvHeads, DynamicConvStage, RoIReader
 from asag.structures import ImageSizes, Predictions, Targets
 
 import torch
@@ -44,10 +44,12 @@ class RefinementCase:
         self.model.roi_heads = DynamicConvHeads(
             make_stage=lambda: make_stage(config),
             num_stages=config["num_stages"],
-            pooler=PyramidRoIAlign(
-                strides=config["strides"],
-                output_size=config["pooler_resolution"],
-                sampling_ratio=config["sampling_ratio"],
+            reader=RoIReader(
+                PyramidRoIAlign(
+                    strides=config["strides"],
+                    output_size=config["pooler_resolution"],
+                    sampling_ratio=config["sampling_ratio"],
+                )
             ),
             in_features=list(case["features"]),
         )

@@ -6,7 +6,7 @@ from .asag.heads import ParallelHeads
 from .detr.heads import ConditionalDETRHeads, DETRHeads
 from .sparse_rcnn.channel_weighting import ChannelWeightedInteraction
 from .sparse_rcnn.disentangled import DisentangledInteraction
-from .sparse_rcnn.heads import DynamicConvHeads
+from .sparse_rcnn.heads import DynamicConvHeads, RefinementHeads, RoIReader
 from .sparse_rcnn.iou_esa import IoUEnhancedSelfAttention
 from .sparse_rcnn.stage import DynamicConvStage
 
@@ -21,4 +21,6 @@ __all__ = [
     "DynamicConvStage",
     "IoUEnhancedSelfAttention",
     "ParallelHeads",
+    "RefinementHeads",
+    "RoIReader",
 ]

@@ -6,23 +6,16 @@ B images, N queries, L levels, C channels, K classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ....structures import ImageSizes
 from ...layers.attention import SelfAttention
 from ...layers.boxes import at_least_float32, cxcywh_to_xyxy, xyxy_to_cxcywh
-from ...layers.deformable_attention import DeformableAttention, MultiScaleMemory, flatten_maps
+from ...layers.deformable_attention import DeformableAttention, MultiScaleMemory
 from ...layers.feed_forward import FeedForward, Residual, make_mlp
 from ...layers.init import prior_bias, xavier_init_matrices
 from ...layers.position_encoding import TEMPERATURE, inverse_sigmoid
-
-
-def read_memory(maps: Sequence[Tensor], sizes: ImageSizes) -> MultiScaleMemory:
-    """What all stages read."""
-    return flatten_maps(maps, sizes)
 
 
 def embed_boxes(boxes_cxcywh: Tensor, dim: int) -> Tensor:
@@ -158,10 +151,10 @@ class DeformableStage(nn.Module):
         boxes = xyxy_to_cxcywh(at_least_float32(boxes_xyxy) / scale)
         position = self.position(embed_boxes(boxes, self.box_dim).to(content.dtype))
         query = self.layer(content, position, boxes, memory, mask)
-        logits, refined = self.predict(query, boxes)
+        logits, refined = self.refine_boxes(query, boxes)
         return logits, cxcywh_to_xyxy(refined) * scale, query
 
-    def predict(self, query: Tensor, boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, N, K), and boxes (B, N, 4) cxcywh in shares of the image."""
+    def refine_boxes(self, query: Tensor, boxes_cxcywh: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns logits (B, N, K) and boxes (B, N, 4) cxcywh in shares of the image."""
         moved = inverse_sigmoid(boxes_cxcywh) + at_least_float32(self.box_deltas(query))
         return at_least_float32(self.class_logits(query)), moved.sigmoid()

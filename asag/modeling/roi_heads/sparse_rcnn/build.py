@@ -1,4 +1,4 @@
-"""Which attention and which interaction a stage uses, by configuration."""
+"""Stages of the Sparse R-CNN family, with the attention and interaction that are configured."""
 
 from __future__ import annotations
 
@@ -11,6 +11,24 @@ from .channel_weighting import ChannelWeightedInteraction
 from .disentangled import DisentangledInteraction
 from .dynamic_conv import DynamicInteraction
 from .iou_esa import IoUAttention, IoUEnhancedSelfAttention, NoAttention
+from .stage import DynamicConvStage
+
+
+def build_dynamic_conv_stage(cfg: CfgNode) -> DynamicConvStage:
+    """Builds one refinement stage by `MODEL.DECODER`."""
+    decoder = cfg.MODEL.DECODER
+    focal = cfg.MODEL.CRITERION.CLASS_LOSS == "focal"
+    return DynamicConvStage(
+        attention=build_attention(cfg),
+        interaction=build_interaction(cfg),
+        dim=decoder.HIDDEN_DIM,
+        num_logits=cfg.MODEL.ROI_HEADS.NUM_CLASSES + (not focal),
+        num_cls_layers=decoder.NUM_CLS_LAYERS,
+        num_reg_layers=decoder.NUM_REG_LAYERS,
+        activation=decoder.ACTIVATION,
+        dropout=decoder.DROPOUT,
+        prior_prob=decoder.PRIOR_PROB if focal else None,
+    )
 
 
 def build_attention(cfg: CfgNode) -> nn.Module:

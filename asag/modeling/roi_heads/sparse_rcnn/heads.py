@@ -1,4 +1,4 @@
-"""The ROI heads of the Sparse R-CNN family: a few stages that refine boxes one after the other.
+"""Iterative refinement of boxes, and the ROI heads of the Sparse R-CNN family.
 
 B images, N queries, S stages, C channels, K classes, P pooled positions.
 """
@@ -6,6 +6,8 @@ B images, N queries, S stages, C channels, K classes, P pooled positions.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
@@ -14,99 +16,104 @@ from torch import Tensor, nn
 
 from ....structures import ImageSizes, Predictions, Queries
 from ...layers.roi_align import PyramidRoIAlign, build_pooler
-from .build import build_attention, build_interaction
-from .stage import DynamicConvStage
+from ...registry import check_features
+from .build import build_dynamic_conv_stage
+
+View = Any
+"""Input of a stage beside the queries: pooled features, feature maps or a flattened memory."""
+
+Reader = Callable[[Sequence[Tensor], ImageSizes], Callable[[Tensor], View]]
+"""(maps, sizes) -> a function from boxes (B, N, 4) to the view of a stage at these boxes."""
+
+StageOutput = tuple[Tensor, Tensor, Tensor]
+"""Logits (B, N, K), boxes (B, N, 4) xyxy in pixels, and content (B, N, C) for the next stage."""
 
 
-@ROI_HEADS_REGISTRY.register()
-class DynamicConvHeads(nn.Module):
-    """Iterative refinement (Sparse R-CNN, Section 3.3, Fig. 3).
+class RefinementHeads(nn.Module):
+    """Stages that refine boxes one after the other (Sparse R-CNN, Section 3.3, Fig. 3).
 
-    Boxes are detached between stages, queries are not: each stage learns to correct the boxes it is
-    given, while the query carries gradient through all stages.
+    Boxes are detached between stages, content is not: each stage learns to correct the boxes it
+    receives, while the content carries the gradient through all stages.
     """
 
-    @configurable
+    num_parallel = 1
+    """Stages that take the place of the first one; the others follow."""
+
     def __init__(
         self,
         *,
-        make_stage: Callable[[], DynamicConvStage],
+        make_stage: Callable[[], nn.Module],
         num_stages: int,
-        pooler: PyramidRoIAlign,
+        reader: Reader,
         in_features: Sequence[str],
     ) -> None:
         """
         Args:
-            make_stage: builds one stage; called `num_stages` times, so that no stage shares
-                weights.
+            make_stage: builds one stage `(content, boxes_xyxy, view, mask) -> StageOutput`; called
+                `num_stages` times, so that stages share no weights.
             num_stages: S.
-            pooler: reads the features of each box.
+            reader: makes the views of the stages.
             in_features: names of the feature maps, finest first.
         """
         super().__init__()
-        if num_stages < 1:
-            raise ValueError(f"MODEL.DECODER.NUM_STAGES is {num_stages}; it must be at least 1")
+        self.reader = reader
         self.in_features = tuple(in_features)
-        self.pooler = pooler
         self.stages = nn.ModuleList(make_stage() for _ in range(num_stages))
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
-        decoder, heads = cfg.MODEL.DECODER, cfg.MODEL.ROI_HEADS
-        missing = [f for f in heads.IN_FEATURES if f not in input_shape]
-        if missing:
-            raise ValueError(
-                f"MODEL.ROI_HEADS.IN_FEATURES names {missing}, but backbone and neck give "
-                f"{sorted(input_shape)}"
-            )
-        channels = {input_shape[f].channels for f in heads.IN_FEATURES}
-        if channels != {decoder.HIDDEN_DIM}:
-            raise ValueError(
-                f"MODEL.DECODER.HIDDEN_DIM is {decoder.HIDDEN_DIM}, but the features named by "
-                f"MODEL.ROI_HEADS.IN_FEATURES have {sorted(channels)} channels "
-                "(MODEL.FPN.OUT_CHANNELS)"
-            )
-        focal = cfg.MODEL.CRITERION.CLASS_LOSS == "focal"
-
-        def make_stage() -> DynamicConvStage:
-            return DynamicConvStage(
-                attention=build_attention(cfg),
-                interaction=build_interaction(cfg),
-                dim=decoder.HIDDEN_DIM,
-                num_logits=heads.NUM_CLASSES + (not focal),
-                num_cls_layers=decoder.NUM_CLS_LAYERS,
-                num_reg_layers=decoder.NUM_REG_LAYERS,
-                activation=decoder.ACTIVATION,
-                dropout=decoder.DROPOUT,
-                prior_prob=decoder.PRIOR_PROB if focal else None,
-            )
-
-        return {
-            "make_stage": make_stage,
-            "num_stages": decoder.NUM_STAGES,
-            "pooler": build_pooler(cfg, input_shape),
-            "in_features": heads.IN_FEATURES,
-        }
 
     def forward(
         self, features: dict[str, Tensor], queries: Queries, sizes: ImageSizes
     ) -> Predictions:
-        """Predictions of all stages.
+        """Returns the predictions of all stages; those of the proposal generator come first.
 
         Args:
             features: name -> (B, C, H, W).
             queries: with boxes and content.
-            sizes: not needed, boxes are in pixels.
+            sizes: of the B images.
         """
-        pyramid = self.pooler.prepare([features[f] for f in self.in_features])
-        content, boxes = queries.content, queries.boxes_xyxy
-        valid = queries.mask
-        logits, refined = [], []
-        for stage in self.stages:
-            roi_features = self.pooler(pyramid, boxes)  # (B * N, C, P, P)
-            roi_features = roi_features.flatten(2).transpose(1, 2)  # (B * N, P^2, C)
-            stage_logits, stage_boxes, content = stage(content, boxes, roi_features, valid)
-            logits.append(stage_logits)
-            refined.append(stage_boxes)
-            boxes = stage_boxes.detach()
-        return Predictions.from_stages(queries, logits, refined)
+        read = self.reader([features[f] for f in self.in_features], sizes)
+        outputs = self.first_outputs(queries, read(queries.boxes_xyxy))
+        for stage in self.stages[self.num_parallel :]:
+            _, boxes, content = outputs[-1]
+            boxes = boxes.detach()
+            outputs.append(stage(content, boxes, read(boxes), queries.mask))
+        logits, boxes, _ = zip(*outputs, strict=True)
+        return Predictions.from_stages(queries, logits, boxes)
+
+    def first_outputs(self, queries: Queries, view: View) -> list[StageOutput]:
+        """Runs the first stage; the next one continues from the last output of the list."""
+        return [self.stages[0](queries.content, queries.boxes_xyxy, view, queries.mask)]
+
+
+class RoIReader(nn.Module):
+    """Reader of stages with dynamic convolution: pooled features of every box."""
+
+    def __init__(self, pooler: PyramidRoIAlign) -> None:
+        super().__init__()
+        self.pooler = pooler
+
+    def forward(self, maps: Sequence[Tensor], sizes: ImageSizes) -> Callable[[Tensor], Tensor]:
+        """Returns a function from boxes (B, N, 4) to features (B * N, P, C)."""
+        pyramid = self.pooler.prepare(maps)
+
+        def read(boxes_xyxy: Tensor) -> Tensor:
+            return self.pooler(pyramid, boxes_xyxy).flatten(2).transpose(1, 2)
+
+        return read
+
+
+@ROI_HEADS_REGISTRY.register()
+class DynamicConvHeads(RefinementHeads):
+    """Stages with dynamic convolution in a row."""
+
+    __init__ = configurable(RefinementHeads.__init__)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        decoder, names = cfg.MODEL.DECODER, cfg.MODEL.ROI_HEADS.IN_FEATURES
+        check_features("MODEL.ROI_HEADS.IN_FEATURES", names, input_shape, decoder.HIDDEN_DIM)
+        return {
+            "make_stage": partial(build_dynamic_conv_stage, cfg),
+            "num_stages": decoder.NUM_STAGES,
+            "reader": RoIReader(build_pooler(cfg, input_shape)),
+            "in_features": names,
+        }
