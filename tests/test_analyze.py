@@ -39,7 +39,7 @@ class Attends(nn.Module):
     def preprocess_images(self, inputs):
         return ImageList.from_tensors([inputs[0]["image"]])
 
-    def predict(self, image, sizes):
+    def forward_stages(self, image, sizes):
         assert sizes.hw == ((4, 4),)
         self.backbone(image)
         x = image.new_ones(2, 3, 5, 8)  # (B, H, N, D)

@@ -65,7 +65,7 @@ def test_combined_maps_are_the_attention(
     hook = attention.register_forward_hook(lambda m, args, _: weights.append(m.weights(*args)))
     images = model.preprocess_images([{"image": image}])
     with torch.no_grad():
-        model.predict(images.tensor, ImageSizes.from_images(images))
+        model.forward_stages(images.tensor, ImageSizes.from_images(images))
     hook.remove()
     assert torch.allclose(seen.maps["combined"].flatten(1), weights[0][0, :, 4], atol=1e-5)
     for kind in attention_maps.KINDS:

@@ -78,7 +78,7 @@ def sample(height: int, width: int, objects: int, seed: int = 0) -> dict[str, An
 @torch.no_grad()
 def raw(model: nn.Module, inputs: list[dict[str, Any]]) -> Predictions:
     images = model.preprocess_images(inputs)
-    return model.predict(images.tensor, ImageSizes.from_images(images))[0]
+    return model.forward_stages(images.tensor, ImageSizes.from_images(images))[0]
 
 
 def randomize(model: nn.Module) -> nn.Module:

@@ -98,7 +98,7 @@ def spread_boxes(boxes_cxcywh: Tensor) -> None:
 def predict(model: nn.Module, inputs: list[dict[str, Any]]) -> Any:
     images = model.preprocess_images(inputs)
     with torch.no_grad():
-        return model.predict(images.tensor, ImageSizes.from_images(images))[0]
+        return model.forward_stages(images.tensor, ImageSizes.from_images(images))[0]
 
 
 @pytest.mark.parametrize("path", configs(), ids=lambda p: p.stem)

@@ -62,7 +62,7 @@ def raw(model, images):
     """Last-stage logits and boxes."""
     batch = model.preprocess_images([{"image": x} for x in images])
     with torch.no_grad():
-        predictions, _ = model.predict(batch.tensor, ImageSizes.from_images(batch))
+        predictions, _ = model.forward_stages(batch.tensor, ImageSizes.from_images(batch))
     return predictions.logits[-1], predictions.boxes_xyxy[-1]
 
 
@@ -186,7 +186,7 @@ def test_a_forward_pass_to_raw_predictions_copies_nothing_to_the_host(monkeypatc
     batch = detector.preprocess_images([{"image": image()}])
     sizes = ImageSizes.from_images(batch)
     with torch.no_grad():
-        assert host_waits(lambda: detector.predict(batch.tensor, sizes)) == {}
+        assert host_waits(lambda: detector.forward_stages(batch.tensor, sizes)) == {}
 
 
 @pytest.mark.parametrize(

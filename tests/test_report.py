@@ -649,7 +649,7 @@ def test_matching_equals_images_one_by_one(tmp_path, matcher):
         sizes = ImageSizes.from_images(images)
         targets = model.read_targets(batch, sizes)
         with torch.no_grad():
-            predictions, _ = model.predict(images.tensor, sizes)
+            predictions, _ = model.forward_stages(images.tensor, sizes)
             assignment = model.matcher(predictions, targets)[:, 0]
         objects += targets.counts[0]
         for stage in range(2):

@@ -196,7 +196,7 @@ def compare(expected: nn.Module, model: nn.Module, *shapes_hw: tuple[int, int]) 
     for b, (height, width) in enumerate(shapes_hw):
         mask[b, :height, :width] = 1
     logits, boxes = their_answers(expected, images.tensor, mask)
-    predictions = model.predict(images.tensor, sizes)[0]
+    predictions = model.forward_stages(images.tensor, sizes)[0]
     boxes_cxcywh = xyxy_to_cxcywh(predictions.boxes_xyxy) / sizes.whwh[:, None]
     assert predictions.logits.shape == logits.shape and boxes_cxcywh.shape == boxes.shape
     # What is compared depends on layer, image and query.
@@ -287,7 +287,7 @@ def test_columns_of_unused_categories_and_their_names_go(name: str, tmp_path: Pa
     used = [i for i in range(logits.shape[-1]) if i not in UNUSED_CATEGORIES]
     assert len(used) == {"DETR": 81, "ConditionalDETR": 80}[name]  # a column of no object is last
     with torch.no_grad():
-        found = model.predict(pixels, ImageSizes.from_images(images))[0].logits
+        found = model.forward_stages(pixels, ImageSizes.from_images(images))[0].logits
     assert (found - logits[..., used]).abs().max() < TOLERANCE
 
 

@@ -65,7 +65,7 @@ class _Raw(nn.Module):
         # box is computed all the same, so the maps are outputs too.
         handle = self.model.backbone.register_forward_hook(keep)
         images = self.model.preprocess_images([{"image": image}])
-        predictions, _ = self.model.predict(images.tensor, ImageSizes.from_images(images))
+        predictions, _ = self.model.forward_stages(images.tensor, ImageSizes.from_images(images))
         handle.remove()
         return *features, predictions.logits, predictions.boxes_xyxy
 

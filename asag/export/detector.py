@@ -62,7 +62,7 @@ class ExportableDetector(nn.Module):
         normalized = (images - model.pixel_mean) / model.pixel_std
         # One size on the host stands for all images of the batch, however many these are.
         sizes = ImageSizes(self.whwh.expand(images.shape[0], 4), (self.size,), self.size)
-        predictions, _ = model.predict(normalized, sizes)
+        predictions, _ = model.forward_stages(normalized, sizes)
         scores, boxes, labels = top_candidates(predictions, model.top_k, model.softmax)
         valid = scores >= 0
         if model.nms_threshold > 0:

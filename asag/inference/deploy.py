@@ -15,6 +15,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import Tensor, nn
 
 from ..modeling.backbone import TimmBackbone
+from ..modeling.execution import compile_components, use_channels_last
 from ..modeling.meta_arch import SparseDetector
 from ..modeling.registry import check_choice
 
@@ -39,7 +40,7 @@ def prepare_for_inference(
         channels_last: NHWC memory format in the backbone; pays off in half precision and on CPUs.
         dtype: of convolutions and matrix products, torch.bfloat16 or torch.float16; None keeps
             float32.
-        compile: `torch.compile` for what does the work, see `SparseDetector.compile_parts`.
+        compile: `torch.compile` for what does the work, see `compile_components`.
 
     Returns:
         The same model.
@@ -52,10 +53,10 @@ def prepare_for_inference(
     if fold_norms:
         fold_batch_norms(model.backbone)
     if channels_last:
-        model.use_channels_last()
+        use_channels_last(model.backbone)
     model.inference_dtype = dtype
     if compile:
-        model.compile_parts()
+        compile_components(model.backbone, model.neck, model.proposal_generator, model.roi_heads)
     return model
 
 

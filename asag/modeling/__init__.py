@@ -1,8 +1,6 @@
-"""Models; importing this package registers all of them."""
+"""Models. Importing this package registers all components."""
 
-from . import backbone, neck
-from . import proposal_generator as proposals
-from . import roi_heads as heads
+from . import backbone, criterion, matching, neck, proposal_generator, roi_heads
 from .meta_arch import (
     ASAG,
     DETR,
@@ -22,7 +20,9 @@ __all__ = [
     "SparseDetector",
     "SparseRCNN",
     "backbone",
-    "heads",
+    "criterion",
+    "matching",
     "neck",
-    "proposals",
+    "proposal_generator",
+    "roi_heads",
 ]

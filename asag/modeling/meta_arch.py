@@ -26,22 +26,18 @@ from torch import Tensor, nn
 from ..config.rules import check_config
 from ..structures import ImageSizes, Predictions, Queries, Targets
 from .backbone import ZeroPadding
-from .backbone.parts import backbone_stages
-from .criterion import build_criterion
 from .events import put_scalars
-from .layers.checkpointing import recompute
-from .matching import build_matcher
-from .neck import build_neck
+from .execution import apply_execution_switches
 from .postprocess import select_detections
-from .registry import build_component, check_choice
+from .registry import build_component, build_criterion, build_matcher, build_neck
 
 INFERENCE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @META_ARCH_REGISTRY.register()
 class SparseDetector(nn.Module):
-    """Backbone, proposal generator, ROI heads, matcher, criterion: Detectron2's `GeneralizedRCNN`
-    for detectors that work on a few hundred queries."""
+    """Backbone, neck, proposal generator, ROI heads, matcher and criterion: the counterpart of
+    Detectron2's `GeneralizedRCNN` for detectors with a few hundred queries."""
 
     requirements: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
@@ -62,32 +58,26 @@ class SparseDetector(nn.Module):
         top_k: int = 100,
         nms_threshold: float = 0.0,
         softmax: bool = False,
-        exact_padding: bool = False,
+        zero_padding: ZeroPadding | None = None,
         inference_dtype: torch.dtype | None = None,
-        channels_last: bool = False,
-        compile: bool = False,
-        activation_checkpointing: bool = False,
     ) -> None:
         """
         Args:
-            backbone: image -> feature maps.
-            neck: `(features, sizes) -> features`; None where the backbone says it all (FPN).
+            backbone: images -> feature maps.
+            neck: `(features, sizes) -> features`; None if the backbone includes it (FPN).
             proposal_generator: `(features, sizes, targets) -> (Queries, losses)`.
             roi_heads: `(features, Queries, sizes) -> Predictions`.
             matcher: `(predictions, targets) -> assignment`.
             criterion: `(predictions, targets, assignment) -> losses`.
             num_classes: K.
             pixel_mean, pixel_std: of the image channels, in the order of `input_format`.
-            input_format: "RGB" or "BGR", the color order of the input tensors.
+            input_format: "RGB" or "BGR", color order of the input tensors.
             top_k: detections an image.
-            nms_threshold: class-wise NMS on the detections; 0 is off.
-            softmax: the class logits end with a background column.
-            exact_padding: keep padding at zero throughout the backbone, a residual network.
-            inference_dtype: of autocast outside of training; None leaves the precision to the
+            nms_threshold: IoU threshold of class-wise NMS on the detections; 0 is off.
+            softmax: class logits end with a background column.
+            zero_padding: keeps padding at zero inside of this backbone; None lets it change.
+            inference_dtype: autocast dtype outside of training; None leaves the precision to the
                 caller.
-            channels_last: run the backbone in the NHWC memory format.
-            compile: run what does the work through `torch.compile`, see `compile_parts`.
-            activation_checkpointing: keep less for the backward pass, see `recompute_parts`.
         """
         super().__init__()
         self.backbone = backbone
@@ -101,60 +91,21 @@ class SparseDetector(nn.Module):
         self.top_k = top_k
         self.nms_threshold = nms_threshold
         self.softmax = softmax
+        self.zero_padding = zero_padding
         self.inference_dtype = inference_dtype
-        self.memory_format = torch.contiguous_format
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
-        self.zero_padding = ZeroPadding(backbone) if exact_padding else None
-        if channels_last:
-            self.use_channels_last()
-        if activation_checkpointing and compile:
-            raise ValueError(
-                "MODEL.ACTIVATION_CHECKPOINTING and MODEL.COMPILE are both on; switch one of them "
-                "off (compiled parts choose by themselves what they compute again)"
-            )
-        if activation_checkpointing:
-            self.recompute_parts()
-        if compile:
-            self.compile_parts()
-
-    def use_channels_last(self) -> None:
-        """Switches the backbone to the NHWC memory format."""
-        self.memory_format = torch.channels_last
-        self.backbone.to(memory_format=torch.channels_last)
-
-    def recompute_parts(self) -> None:
-        """Makes the stages of the backbone, the layers of an encoder and the decoder stages compute
-        their forward pass again in the backward pass, instead of keeping it."""
-        # While the backbone runs, its hooks know the padding of the batch.
-        situation = self.zero_padding.situation if self.zero_padding else None
-        for stage in backbone_stages(self.backbone):
-            recompute(stage, situation)
-        for layer in (*getattr(self.neck, "layers", ()), *self.roi_heads.stages):
-            recompute(layer)
-
-    def compile_parts(self) -> None:
-        """Compiles what does the work, in place: parameter names stay as they are.
-
-        That is the backbone, the layers of an encoder, what a proposal generator offers as its
-        `compilable` parts, and the stages.
-        """
-        encoder = getattr(self.neck, "layers", ())
-        proposing = getattr(self.proposal_generator, "compilable", ())
-        for part in (self.backbone, *encoder, *proposing, *self.roi_heads.stages):
-            part.compile()
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         check_config(cfg)
         cls.check_requirements(cfg)
-        check_choice("MODEL.INFERENCE_DTYPE", cfg.MODEL.INFERENCE_DTYPE, tuple(INFERENCE_DTYPES))
         model, backbone = cfg.MODEL, build_backbone(cfg)
         shape = backbone.output_shape()
         neck = build_neck(cfg, shape)
         if neck is not None:
             shape = neck.output_shape()
-        return {
+        components = {
             "backbone": backbone,
             "neck": neck,
             "proposal_generator": build_component(
@@ -167,6 +118,11 @@ class SparseDetector(nn.Module):
             "roi_heads": build_component(
                 ROI_HEADS_REGISTRY, "MODEL.ROI_HEADS.NAME", model.ROI_HEADS.NAME, cfg, shape
             ),
+            "zero_padding": ZeroPadding(backbone) if model.EXACT_PADDING else None,
+        }
+        apply_execution_switches(cfg, **components)
+        return {
+            **components,
             "matcher": build_matcher(cfg),
             "criterion": build_criterion(cfg),
             "num_classes": model.ROI_HEADS.NUM_CLASSES,
@@ -176,11 +132,7 @@ class SparseDetector(nn.Module):
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms_threshold": model.NMS_THRESH_TEST,
             "softmax": model.CRITERION.CLASS_LOSS == "softmax",
-            "exact_padding": model.EXACT_PADDING,
             "inference_dtype": INFERENCE_DTYPES[model.INFERENCE_DTYPE],
-            "channels_last": model.CHANNELS_LAST,
-            "compile": model.COMPILE,
-            "activation_checkpointing": model.ACTIVATION_CHECKPOINTING,
         }
 
     @classmethod
@@ -219,7 +171,7 @@ class SparseDetector(nn.Module):
         sizes = ImageSizes.from_images(images)
         targets = self.read_targets(batched_inputs, sizes) if self.training else None
         with self._precision():
-            predictions, losses = self.predict(images.tensor, sizes, targets)
+            predictions, losses = self.forward_stages(images.tensor, sizes, targets)
         if self.training:
             assignment = self.matcher(predictions, targets)
             put_scalars(getattr(self.matcher, "metrics", {}))
@@ -241,7 +193,7 @@ class SparseDetector(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, self.inference_dtype)
 
-    def predict(
+    def forward_stages(
         self, images: Tensor, sizes: ImageSizes, targets: Targets | None = None
     ) -> tuple[Predictions, dict[str, Tensor]]:
         """Predictions of every stage for normalized images (B, 3, H, W), and the proposal
@@ -270,9 +222,7 @@ class SparseDetector(nn.Module):
                 )
         moved = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         normalized = [(x - self.pixel_mean) / self.pixel_std for x in moved]
-        images = ImageList.from_tensors(normalized, self.backbone.size_divisibility)
-        images.tensor = images.tensor.contiguous(memory_format=self.memory_format)
-        return images
+        return ImageList.from_tensors(normalized, self.backbone.size_divisibility)
 
     def read_targets(self, batched_inputs: list[dict[str, Any]], sizes: ImageSizes) -> Targets:
         """Padded ground truth of a training batch.

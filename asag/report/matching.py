@@ -157,7 +157,7 @@ def _add_batch(counter: _Counter, model: SparseDetector, batch: list[dict[str, A
     padded = model.preprocess_images(batch)
     sizes = ImageSizes.from_images(padded)
     targets = model.read_targets(batch, sizes)
-    predictions, _ = model.predict(padded.tensor, sizes)
+    predictions, _ = model.forward_stages(padded.tensor, sizes)
     assignment = model.matcher(predictions, targets)
     logits = predictions.logits[-1].float()
     scores = (logits.softmax(-1)[..., :-1] if model.softmax else logits).amax(-1)

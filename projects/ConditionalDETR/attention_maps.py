@@ -92,7 +92,7 @@ def explain(
     try:
         images = model.preprocess_images([{"image": image}])
         sizes = ImageSizes.from_images(images)
-        predictions, _ = model.predict(images.tensor, sizes)
+        predictions, _ = model.forward_stages(images.tensor, sizes)
     finally:
         for handle in handles:
             handle.remove()

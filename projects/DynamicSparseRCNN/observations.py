@@ -69,7 +69,7 @@ def find_positives(model: SparseDetector, sample: Sample) -> Positives:
     images = model.preprocess_images([sample])
     sizes = ImageSizes.from_images(images)
     targets = model.read_targets([sample], sizes)
-    predictions, _ = model.predict(images.tensor, sizes)
+    predictions, _ = model.forward_stages(images.tensor, sizes)
     return Positives(
         _pixels(model, sample),
         targets.boxes_xyxy[0].cpu(),

@@ -61,8 +61,8 @@ class ParallelHeads(RefinementHeads):
         copies = 1 + num_auxiliary
         if not -copies <= main < copies:
             raise ValueError(
-                f"MODEL.DECODER.MAIN_COPY is {main}; it must be from {-copies} to {copies - 1} with "
-                f"MODEL.DECODER.NUM_AUXILIARY {num_auxiliary}"
+                f"MODEL.DECODER.MAIN_COPY is {main}; it must be from {-copies} to {copies - 1} "
+                f"with MODEL.DECODER.NUM_AUXILIARY {num_auxiliary}"
             )
         super().__init__(
             make_stage=make_stage,
