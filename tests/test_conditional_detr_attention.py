@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from asag.config.rules import RULES
 from asag.modeling.roi_heads.detr.conditional_attention import (
-    PROJECTIONS,
-    SPATIAL_QUERIES,
     ConditionalCrossAttention,
     ConditionalSelfAttention,
     IoUEnhancedConditionalSelfAttention,
@@ -155,7 +154,7 @@ def test_variants_of_table_3() -> None:
         "csq_c": lambda t: f,
     }
     first = {"csq_t": torch.ones_like(p_s), "csq_c": torch.zeros_like(p_s)}
-    assert set(expected) == set(SPATIAL_QUERIES)
+    assert set(expected) == set(RULES["MODEL.DECODER.SPATIAL_QUERY"].choices)
     for kind, formula in expected.items():
         module = make(kind)
         assert torch.allclose(module(f, c_q, p_s), formula(module.transformation))
@@ -164,7 +163,7 @@ def test_variants_of_table_3() -> None:
 
 def test_forms_of_figure_5() -> None:
     f, p_s = torch.randn(B, N, C), torch.randn(1, N, C)
-    for projection in PROJECTIONS:
+    for projection in RULES["MODEL.DECODER.SPATIAL_PROJECTION"].choices:
         module = make(projection=projection)
         actual = module(f, f, p_s)
         if projection == "identity":
@@ -182,17 +181,9 @@ def test_forms_of_figure_5() -> None:
                 assert torch.allclose(actual[b, n], matrix @ p_s[0, n], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"kind": "csq_x"}, "SPATIAL_QUERY"),
-        ({"projection": "circle"}, "SPATIAL_PROJECTION"),
-        ({"kind": "csq_t", "projection": "full"}, "SPATIAL_PROJECTION"),
-    ],
-)
-def test_wrong_choices_name_their_key(options: dict[str, str], key: str) -> None:
-    with pytest.raises(ValueError, match=rf"MODEL\.DECODER\.{key}"):
-        SpatialQuery(dim=C, num_heads=H, **options)
+def test_transformation_as_query_must_be_diagonal() -> None:
+    with pytest.raises(ValueError, match=r"MODEL\.DECODER\.SPATIAL_PROJECTION is 'full'"):
+        SpatialQuery(dim=C, num_heads=H, kind="csq_t", projection="full")
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -258,7 +258,7 @@ def test_impossible_configurations_name_their_key(options: tuple, issue: str) ->
         build(TINY, *SMALL, *free, *options)
 
 
-def test_named_architectures_insist_on_their_rooms() -> None:
+def test_named_architectures_insist_on_their_components() -> None:
     with pytest.raises(ValueError, match="SparseDetector"):
         build(TINY, *SMALL, "MODEL.ROI_HEADS.NAME", "DETRHeads")
 

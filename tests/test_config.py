@@ -9,7 +9,11 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from asag import get_asag_cfg, load_config
-from asag.config.rules import RULES, Each, check_config
+from asag.config.rules import RULES, Each, OneOf, check_config
+from asag.modeling.layers.feed_forward import ACTIVATIONS
+from asag.modeling.layers.roi_align import LEVEL_EPS
+from asag.modeling.meta_arch import INFERENCE_DTYPES
+from asag.modeling.roi_heads.asag.heads import STAGES
 from train_net import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,8 +149,14 @@ def leaves(node, prefix=""):
 def just_outside(rule):
     """Values that the rule must refuse."""
     if isinstance(rule, Each):
-        wrong = [(x,) * (rule.length or 1) for x in just_outside(rule.range)]
-        return [*wrong, (1,) * (rule.length + 1)] if rule.length else wrong
+        size = rule.length or max(rule.least, 1)
+        wrong = [(x,) * size for x in just_outside(rule.item)]
+        good = rule.item.choices[0] if isinstance(rule.item, OneOf) else 1
+        if rule.length or math.isfinite(rule.most):
+            wrong.append((good,) * (int(rule.length or rule.most) + 1))
+        return [*wrong, ()] if rule.least else wrong
+    if isinstance(rule, OneOf):
+        return ["no-such-choice", "", 1, None]
     values = [math.nan, math.inf, "three", True]
     if math.isfinite(rule.low):
         values += [rule.low if rule.without_low else rule.low - 1e-3, int(rule.low) - 1]
@@ -185,10 +195,37 @@ def test_values_out_of_range_are_refused_with_key_and_range(key):
         assert str(caught.value) == f"{key} is {value!r}; it must be {RULES[key].text}"
 
 
+def test_every_name_of_the_library_has_a_rule_or_a_registry():
+    """Texts are choices, except for names of components, feature maps, files and projects."""
+    free = {"MODEL.NECK.NAME", "MODEL.MATCHER.NAME", "MODEL.CRITERION.NAME", "LOGGING.WANDB"}
+    free |= {"MODEL.ENCODER.IN_FEATURE", "INPUT.CROP.TYPE"}
+    theirs = dict(leaves(get_cfg()))
+    ours = {
+        key for key, value in leaves(get_asag_cfg()) if isinstance(value, str) and key not in theirs
+    }
+    assert ours - RULES.keys() == free - theirs.keys()
+
+
+def test_choices_are_those_of_the_components():
+    choices = {
+        "MODEL.DECODER.STAGE": STAGES,
+        "MODEL.DECODER.ACTIVATION": ACTIVATIONS,
+        "MODEL.ROI_BOX_HEAD.POOLER_TYPE": LEVEL_EPS,
+        "MODEL.INFERENCE_DTYPE": INFERENCE_DTYPES,
+    }
+    for key, table in choices.items():
+        assert set(RULES[key].choices) == set(table), key
+
+
 @pytest.mark.parametrize("key", RULES)
 def test_bounds_that_belong_to_a_range_pass(key):
     rule = RULES[key]
-    numbers = rule.range if isinstance(rule, Each) else rule
+    numbers = rule.item if isinstance(rule, Each) else rule
+    if isinstance(numbers, OneOf):
+        for choice in numbers.choices:
+            value = (choice,) if isinstance(rule, Each) else choice
+            check_config(with_value(get_asag_cfg(), key, value))
+        return
     for bound, out in ((numbers.low, numbers.without_low), (numbers.high, numbers.without_high)):
         if math.isfinite(bound) and not out:
             value = type(bound)(bound)

@@ -215,16 +215,3 @@ def test_gather_targets_equals_the_loop():
             for b in range(B):
                 for n in range(N):
                     assert torch.equal(gathered[s, b, n], values[b, index[s, b, n]])
-
-
-@pytest.mark.parametrize(
-    "option, key",
-    [
-        ("class_loss", "CLASS_LOSS"),
-        ("l1_format", "L1_FORMAT"),
-        ("normalizer", "NORMALIZER"),
-    ],
-)
-def test_unknown_choices_name_their_key(option, key):
-    with pytest.raises(ValueError, match=rf"MODEL\.CRITERION\.{key} is 'x'; choose one of"):
-        SetCriterion(**{option: "x"})

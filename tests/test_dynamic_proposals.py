@@ -153,12 +153,3 @@ def test_boxes_stay_float32_under_autocast() -> None:
     exact, _ = module(pyramid(), sizes())
     # The weights may be rounded; mixing may not add rounding of its own beyond theirs.
     torch.testing.assert_close(queries.boxes_xyxy, exact.boxes_xyxy, atol=0.5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "changes,key",
-    [({"num_experts": 0}, "NUM_EXPERTS"), ({"size": 0}, "SIZE"), ({"tau_final": 0.0}, "TAU_FINAL")],
-)
-def test_wrong_values_name_their_key(changes: dict, key: str) -> None:
-    with pytest.raises(ValueError, match=key):
-        make(**changes)

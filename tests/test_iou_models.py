@@ -179,7 +179,7 @@ def test_two_kinds_of_separation_exclude_each_other() -> None:
     ("key", "value"),
     [("SELF_ATTENTION", "msa"), ("DCW", False), ("DISENTANGLE", "full")],
 )
-def test_architecture_insists_on_its_rooms(key: str, value: Any) -> None:
+def test_architecture_insists_on_its_components(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"MODEL.DECODER.{key}.*IoUEnhancedSparseRCNN"):
         small(TINY, DECODER + key, value)
 
@@ -187,7 +187,7 @@ def test_architecture_insists_on_its_rooms(key: str, value: Any) -> None:
 @pytest.mark.parametrize("key", ["SELF_ATTENTION", "DISENTANGLE"])
 def test_unknown_choices_are_listed(key: str) -> None:
     options = ["MODEL.META_ARCHITECTURE", "SparseDetector", DECODER + "DCW", False]
-    with pytest.raises(ValueError, match=rf"MODEL.DECODER.{key} is 'other'; choose one of"):
+    with pytest.raises(ValueError, match=rf"MODEL.DECODER.{key} is 'other'; it must be one of"):
         small(TINY, *options, DECODER + key, "other")
 
 

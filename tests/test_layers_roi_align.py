@@ -155,11 +155,6 @@ def test_nan_boxes_do_not_raise_here(method):
     assert pooler(pooler.prepare(make_features(), method), boxes).shape == (6, 3, 7, 7)
 
 
-def test_adaptive_sampling_is_refused():
-    with pytest.raises(ValueError, match="POOLER_SAMPLING_RATIO"):
-        PyramidRoIAlign(strides=STRIDES, sampling_ratio=0)
-
-
 @pytest.mark.parametrize(
     ("kind", "aligned", "eps"), [("ROIAlignV2", True, 1e-8), ("ROIAlign", False, 1e-6)]
 )
@@ -171,5 +166,5 @@ def test_heads_of_sparse_rcnn_read_the_pooler_type(kind, aligned, eps):
 
 def test_heads_of_sparse_rcnn_refuse_an_unknown_pooler_type():
     cfg = load_config(str(TINY), ["MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIPool"])
-    with pytest.raises(ValueError, match=r"POOLER_TYPE is 'ROIPool'; choose one of: 'ROIAlign'"):
+    with pytest.raises(ValueError, match="POOLER_TYPE is 'ROIPool'; it must be one of"):
         build_model(cfg)

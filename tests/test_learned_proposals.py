@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from asag.config.rules import RULES
 from asag.modeling.proposal_generator import LearnedProposals
-from asag.modeling.proposal_generator.learned import BOX_INITS, initial_boxes
+from asag.modeling.proposal_generator.learned import initial_boxes
 from asag.structures import ImageSizes
 
 
-@pytest.mark.parametrize("kind", BOX_INITS)
+@pytest.mark.parametrize("kind", RULES["MODEL.PROPOSAL_GENERATOR.BOX_INIT"].choices)
 @pytest.mark.parametrize("count", [1, 5, 36])
 def test_initial_boxes_are_shares_of_the_image(kind: str, count: int) -> None:
     boxes = initial_boxes(kind, count)
@@ -28,11 +29,6 @@ def test_grid_reaches_every_side_for_any_number() -> None:
     boxes = initial_boxes("grid", 50)
     high = boxes[:, :2] + boxes[:, 2:] / 2
     torch.testing.assert_close(high.max(dim=0).values, torch.ones(2))
-
-
-def test_unknown_kind_names_the_key() -> None:
-    with pytest.raises(ValueError, match=r"MODEL\.PROPOSAL_GENERATOR\.BOX_INIT.*'grid'"):
-        initial_boxes("everywhere", 3)
 
 
 def test_boxes_scale_with_the_unpadded_image_and_get_gradient() -> None:

@@ -106,10 +106,3 @@ def test_no_gradient():
     predictions, targets = make()
     predictions.logits.requires_grad_()
     assert not MatchingCost()(predictions, targets).requires_grad
-
-
-def test_unknown_choices_name_their_key():
-    with pytest.raises(ValueError, match=r"MODEL\.CRITERION\.CLASS_LOSS.*'focal', 'softmax'"):
-        MatchingCost(class_cost="hinge")
-    with pytest.raises(ValueError, match=r"MODEL\.CRITERION\.L1_FORMAT.*'xyxy', 'cxcywh'"):
-        MatchingCost(box_format="xywh")

@@ -191,5 +191,5 @@ def test_advice_leaves_out_what_is_done_already(tmp_path):
 
 
 def test_unknown_mode(tmp_path):
-    with pytest.raises(ValueError, match=r"SOLVER\.MEMORY_CHECK is 'maybe'; choose one of: 'auto'"):
+    with pytest.raises(ValueError, match="MEMORY_CHECK is 'maybe'; it must be one of: 'auto'"):
         trained(tmp_path, SOLVER__MEMORY_CHECK="maybe")

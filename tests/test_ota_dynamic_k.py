@@ -93,20 +93,3 @@ def test_policy_counts_only_real_predictions() -> None:
     policy = UnitPolicy(fixed_k=3, unit_increase=False)
     assert policy(None, present, torch.tensor([10]), 1).sum() == 8
     assert policy(None, present, torch.tensor([100]), 1).sum() == 12
-
-
-@pytest.mark.parametrize(
-    ("values", "key"),
-    [
-        ({"q": 0}, "OT.Q"),
-        ({"fixed_k": -1}, "OT.FIXED_K"),
-        ({"unit_step": -0.5}, "OT.UNIT_STEP"),
-        ({"unit_step": float("nan")}, "OT.UNIT_STEP"),
-        ({"unit_rounding": "ceil"}, "OT.UNIT_ROUNDING"),
-        ({"cap": 0.0}, "OT.CAP"),
-        ({"cap": 1.5}, "OT.CAP"),
-    ],
-)
-def test_wrong_values_name_their_key(values: dict, key: str) -> None:
-    with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-        UnitPolicy(**values)

@@ -1,7 +1,7 @@
-"""Which numbers the configuration keys may hold, checked before anything is built.
+"""Allowed values of the configuration keys, checked before anything is built.
 
-One line a key. Rules that tie several keys together (a divisor, an order) and names out of a list
-of choices stand where they are used.
+One line a key. Rules across several keys (a divisor, an order) are checked by the components that
+read these keys.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 @dataclass(frozen=True)
 class Range:
-    """Finite numbers between two bounds, which belong to it unless said otherwise.
+    """Finite numbers between two bounds, including the bounds by default.
 
     Attributes:
-        text: the range in words, completing "it must be ...".
+        text: description that completes "it must be ...".
         low, high: bounds.
-        without_low, without_high: leave out the bound itself.
+        without_low, without_high: exclude the bound itself.
         whole: integers only.
     """
 
@@ -43,32 +43,62 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Each:
-    """Lists, also nested ones, whose every number is in a range.
+class OneOf:
+    """A fixed set of values.
 
     Attributes:
-        range: of the numbers.
-        length: of the list; None takes any.
+        choices: the values.
     """
 
-    range: Range
-    length: int | None = None
+    choices: tuple[str, ...]
 
     @property
     def text(self) -> str:
-        numbers = "a list" if self.length is None else f"a list of {self.length} numbers"
-        return f"{numbers}, each {self.range.text}"
+        """Description that completes "it must be ..."."""
+        return "one of: " + ", ".join(map(repr, self.choices))
 
     def __contains__(self, value: Any) -> bool:
-        if not isinstance(value, list | tuple) or self.length not in (None, len(value)):
+        return isinstance(value, str) and value in self.choices
+
+
+@dataclass(frozen=True)
+class Each:
+    """Lists, also nested ones, whose every element follows a rule.
+
+    Attributes:
+        item: rule of the elements.
+        length: required length of the list; None allows any from `least` to `most`.
+        least, most: bounds of the length.
+    """
+
+    item: Range | OneOf
+    length: int | None = None
+    least: int = 0
+    most: float = math.inf
+
+    @property
+    def text(self) -> str:
+        """Description that completes "it must be ..."."""
+        if self.length is not None:
+            size = f"a list of {self.length} elements"
+        elif math.isfinite(self.most):
+            size = f"a list of {self.least} to {self.most} elements"
+        else:
+            size = f"a list of {self.least} or more elements" if self.least else "a list"
+        return f"{size}, each {self.item.text}"
+
+    def __contains__(self, value: Any) -> bool:
+        if not isinstance(value, list | tuple) or not self.least <= len(value) <= self.most:
             return False
-        return all(number in self.range for number in _numbers(value))
+        if self.length not in (None, len(value)):
+            return False
+        return all(element in self.item for element in _elements(value))
 
 
-def _numbers(values: Any) -> Iterator[Any]:
+def _elements(values: Any) -> Iterator[Any]:
     for value in values:
         if isinstance(value, list | tuple):
-            yield from _numbers(value)
+            yield from _elements(value)
         else:
             yield value
 
@@ -84,7 +114,8 @@ SHARE_ABOVE_0 = Range("above 0 and at most 1", low=0, high=1, without_low=True)
 RATE = Range("0 or more and below 1", low=0, high=1, without_high=True)
 INSIDE_0_1 = Range("above 0 and below 1", low=0, high=1, without_low=True, without_high=True)
 
-RULES: dict[str, Range | Each] = {
+RULES: dict[str, Range | OneOf | Each] = {
+    "INPUT.FORMAT": OneOf(("RGB", "BGR")),
     "INPUT.CROP.SIZE": Each(POSITIVE, 2),
     "INPUT.CROP.PRE_RESIZE": Each(COUNT),
     "INPUT.CROP.PROB": SHARE,
@@ -95,10 +126,13 @@ RULES: dict[str, Range | Each] = {
     "DATALOADER.NUM_WORKERS": COUNT_OR_NONE,
     "MODEL.PIXEL_MEAN": Each(FINITE, 3),
     "MODEL.PIXEL_STD": Each(POSITIVE, 3),
+    "MODEL.INFERENCE_DTYPE": OneOf(("float32", "bfloat16", "float16")),
     "MODEL.NMS_THRESH_TEST": SHARE,
     "MODEL.FPN.OUT_CHANNELS": COUNT,
     "MODEL.BACKBONE.FREEZE_AT": Range("a whole number from 0 to 5", low=0, high=5, whole=True),
     "MODEL.PROPOSAL_GENERATOR.NUM_QUERIES": COUNT,
+    "MODEL.PROPOSAL_GENERATOR.BOX_INIT": OneOf(("image", "grid", "random", "center")),
+    "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS": OneOf(("none", "origin", "learned", "predicted")),
     "MODEL.PROPOSAL_GENERATOR.DPG.NUM_EXPERTS": COUNT,
     "MODEL.PROPOSAL_GENERATOR.DPG.SIZE": COUNT,
     "MODEL.PROPOSAL_GENERATOR.DPG.FC_DIM": COUNT,
@@ -108,8 +142,10 @@ RULES: dict[str, Range | Each] = {
     "MODEL.ROI_HEADS.NUM_CLASSES": COUNT,
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": COUNT,
     "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": COUNT,
-    "MODEL.SLIM_RESNET.BLOCKS": Each(COUNT),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": OneOf(("ROIAlign", "ROIAlignV2")),
+    "MODEL.SLIM_RESNET.BLOCKS": Each(COUNT, least=1, most=4),
     "MODEL.SLIM_RESNET.WIDTH": COUNT,
+    "MODEL.SLIM_RESNET.NORM": OneOf(("BN", "GN", "SyncBN")),
     "MODEL.SWIN.EMBED_DIM": COUNT,
     "MODEL.SWIN.DEPTHS": Each(COUNT, 4),
     "MODEL.SWIN.NUM_HEADS": Each(COUNT, 4),
@@ -122,6 +158,12 @@ RULES: dict[str, Range | Each] = {
     "MODEL.DECODER.NUM_HEADS": COUNT,
     "MODEL.DECODER.FFN_DIM": COUNT,
     "MODEL.DECODER.DROPOUT": RATE,
+    "MODEL.DECODER.ACTIVATION": OneOf(("relu", "gelu")),
+    "MODEL.DECODER.SELF_ATTENTION": OneOf(("msa", "iou_esa", "iou", "none")),
+    "MODEL.DECODER.DISENTANGLE": OneOf(("none", "half", "full")),
+    "MODEL.DECODER.SPATIAL_QUERY": OneOf(("csq", "csq_c", "csq_t", "csq_p", "csq_i")),
+    "MODEL.DECODER.SPATIAL_PROJECTION": OneOf(("diagonal", "single", "block", "full", "identity")),
+    "MODEL.DECODER.STAGE": OneOf(("dynamic_conv", "adamixer", "deformable")),
     "MODEL.DECODER.NUM_CLS_LAYERS": COUNT_OR_NONE,
     "MODEL.DECODER.NUM_REG_LAYERS": COUNT_OR_NONE,
     "MODEL.DECODER.DYNAMIC_DIM": COUNT,
@@ -136,6 +178,7 @@ RULES: dict[str, Range | Each] = {
     "MODEL.DEFORMABLE_ENCODER.NUM_LAYERS": COUNT_OR_NONE,
     "MODEL.ASAG.COMPRESSED_DIM": COUNT,
     "MODEL.ASAG.PATCH_SIZE": COUNT,
+    "MODEL.ASAG.ANCHOR_INIT": OneOf(("random", "grid")),
     "MODEL.ASAG.FIXED_ANCHORS": COUNT,
     "MODEL.ASAG.PATCH_ANCHORS": COUNT,
     "MODEL.ASAG.ETA_F": Range("at most 1", high=1),
@@ -166,22 +209,29 @@ RULES: dict[str, Range | Each] = {
     "MODEL.MATCHER.OT.Q": COUNT,
     "MODEL.MATCHER.OT.FIXED_K": COUNT_OR_NONE,
     "MODEL.MATCHER.OT.UNIT_STEP": NOT_NEGATIVE,
+    "MODEL.MATCHER.OT.UNIT_ROUNDING": OneOf(("floor", "round", "none")),
     "MODEL.MATCHER.OT.CAP": SHARE_ABOVE_0,
     "MODEL.MATCHER.OT.ALPHA": NOT_NEGATIVE,
+    "MODEL.MATCHER.OT.REG_COST": Each(OneOf(("l1", "giou")), least=1),
+    "MODEL.MATCHER.OT.SOLVER": OneOf(("auto", "exact", "sinkhorn")),
     "MODEL.MATCHER.OT.EPS_START": POSITIVE,
     "MODEL.MATCHER.OT.EPS": POSITIVE,
     "MODEL.MATCHER.OT.ITERS": COUNT,
     "MODEL.MATCHER.OT.RELAXATION": Range("between 1 and 1.7", low=1, high=1.7),
     "MODEL.MATCHER.OT.REPAIR_ROUNDS": COUNT_OR_NONE,
+    "MODEL.CRITERION.CLASS_LOSS": OneOf(("focal", "softmax")),
     "MODEL.CRITERION.CLASS_WEIGHT": NOT_NEGATIVE,
     "MODEL.CRITERION.L1_WEIGHT": NOT_NEGATIVE,
     "MODEL.CRITERION.GIOU_WEIGHT": NOT_NEGATIVE,
+    "MODEL.CRITERION.L1_FORMAT": OneOf(("xyxy", "cxcywh")),
     "MODEL.CRITERION.FOCAL_ALPHA": SHARE,
     "MODEL.CRITERION.FOCAL_GAMMA": NOT_NEGATIVE,
     "MODEL.CRITERION.NO_OBJECT_WEIGHT": NOT_NEGATIVE,
     "MODEL.CRITERION.AREA_WEIGHT": AT_LEAST_1,
+    "MODEL.CRITERION.NORMALIZER": OneOf(("objects", "positives")),
     "MODEL.CRITERION.SCORE_EXPONENT": NOT_NEGATIVE,
     "MODEL.CRITERION.IOU_EXPONENT": NOT_NEGATIVE,
+    "SOLVER.OPTIMIZER": OneOf(("ADAMW", "SGD")),
     "SOLVER.BASE_LR": POSITIVE,
     "SOLVER.MOMENTUM": RATE,
     "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
@@ -197,7 +247,10 @@ RULES: dict[str, Range | Each] = {
     "SOLVER.EPOCH_STEPS": Each(POSITIVE),
     "SOLVER.IMS_PER_BATCH": COUNT,
     "SOLVER.REFERENCE_BATCH": COUNT,
+    "SOLVER.SCALE_LR": OneOf(("none", "linear", "sqrt")),
     "SOLVER.ACCUMULATE_STEPS": COUNT,
+    "SOLVER.AMP.DTYPE": OneOf(("float16", "bfloat16")),
+    "SOLVER.MEMORY_CHECK": OneOf(("auto", "always", "never")),
     "SOLVER.NON_FINITE.MAX_SKIPS": COUNT_OR_NONE,
     "SOLVER.EMA.DECAY": RATE,
     "SOLVER.EMA.WARMUP": AT_LEAST_1,
@@ -205,26 +258,55 @@ RULES: dict[str, Range | Each] = {
     "TEST.DETECTIONS_PER_IMAGE": COUNT,
     "TEST.EVAL_PERIOD": COUNT_OR_NONE,
     "TEST.NUM_PICTURES": COUNT_OR_NONE,
-    "TEST.AUG.MIN_SIZES": Each(COUNT),
+    "TEST.AUG.MIN_SIZES": Each(COUNT, least=1),
     "TEST.AUG.MAX_SIZE": COUNT,
     "TEST.AUG.BATCH_SIZE": COUNT,
     "TEST.AUG.SIZE_RANGES": Each(NOT_NEGATIVE),
+    "TEST.AUG.MERGE": OneOf(("nms", "vote")),
     "TEST.AUG.MERGE_IOU": SHARE,
     "TEST.AUG.MIN_SCORE": SHARE,
 }
 
-INPUT_FORMATS = ("RGB", "BGR")
-
 
 def check_config(cfg: CfgNode) -> None:
-    """Checks every number of a configuration, and the names that no component checks.
+    """Checks the values of all keys of `RULES`, the device, the meta-architecture and the backbone.
 
     Raises:
-        KeyError: the library's keys are not in the configuration.
-        ValueError: a line for each wrong value, with key, value and what it may be.
+        KeyError: the configuration lacks the library's keys.
+        ValueError: one line for each wrong value, with key, value and allowed values.
     """
+    wrong = _violations(cfg)
+    for key, name, registry in (
+        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
+        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
+    ):
+        if name not in registry:
+            rule = OneOf(tuple(sorted(known for known, _ in registry)))
+            wrong.append(f"{key} is {name!r}; it must be {rule.text}")
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        device = cfg.MODEL.DEVICE
+        wrong.append(
+            f"MODEL.DEVICE is {device!r}; it must be one of: 'cpu', 'cuda', or a device such as "
+            "'cuda:0'"
+        )
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def check_section(cfg: CfgNode, section: str) -> None:
+    """Checks the keys of `RULES` below a section such as "TEST.AUG"; errors as `check_config`."""
+    wrong = _violations(cfg, f"{section}.")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+
+
+def _violations(cfg: CfgNode, prefix: str = "") -> list[str]:
     wrong = []
     for key, rule in RULES.items():
+        if not key.startswith(prefix):
+            continue
         value: Any = cfg
         for part in key.split("."):
             if part not in value:
@@ -232,19 +314,4 @@ def check_config(cfg: CfgNode) -> None:
             value = value[part]
         if value not in rule:
             wrong.append(f"{key} is {value!r}; it must be {rule.text}")
-    if cfg.INPUT.FORMAT not in INPUT_FORMATS:
-        wrong.append(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}; it must be 'RGB' or 'BGR'")
-    for key, name, registry in (
-        ("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCH_REGISTRY),
-        ("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONE_REGISTRY),
-    ):
-        if name not in registry:
-            choices = ", ".join(sorted(known for known, _ in registry))
-            wrong.append(f"{key} is {name!r}; choose one of: {choices}")
-    try:
-        torch.device(cfg.MODEL.DEVICE)
-    except RuntimeError:
-        device = cfg.MODEL.DEVICE
-        wrong.append(f"MODEL.DEVICE is {device!r}; choose one of: 'cpu', 'cuda', 'cuda:0'")
-    if wrong:
-        raise ValueError("\n".join(wrong))
+    return wrong

@@ -18,9 +18,9 @@ from fvcore.transforms.transform import TransformList
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, nms
 
+from ..config.rules import check_section
 from ..data.image_io import read_image
 from ..modeling.layers.boxes import box_area, box_iou
-from ..modeling.registry import check_choice
 
 Detections = tuple[Tensor, Tensor, Tensor]
 """Boxes (D, 4) xyxy, scores (D,), classes (D,)."""
@@ -58,8 +58,6 @@ class DetectorWithTTA(nn.Module):
             input_format: color order for images that are read from their file.
         """
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"TEST.AUG.BATCH_SIZE is {batch_size}; it must be at least 1")
         self.model = model
         self.augment = augment
         self.merge = merge
@@ -146,10 +144,8 @@ class DetectorWithTTA(nn.Module):
 
 def check_test_augmentation(cfg: CfgNode) -> None:
     """Raises ValueError that names the first of the keys TEST.AUG.* that do not fit together."""
+    check_section(cfg, "TEST.AUG")
     aug = cfg.TEST.AUG
-    check_choice("TEST.AUG.MERGE", aug.MERGE, ("nms", "vote"))
-    if not aug.MIN_SIZES:
-        raise ValueError("TEST.AUG.MIN_SIZES is empty; name the short sides to test at")
     pairs = all(isinstance(x, list | tuple) and len(x) == 2 for x in aug.SIZE_RANGES)
     if len(aug.SIZE_RANGES) not in (0, len(aug.MIN_SIZES)) or not pairs:
         raise ValueError(

@@ -148,9 +148,9 @@ class SparseDetector(nn.Module):
                 value = value[part]
             if value not in allowed:
                 raise ValueError(
-                    f"{key} is {value!r}, but MODEL.META_ARCHITECTURE {cls.__name__!r} means "
-                    f"{' or '.join(map(repr, allowed))}. For free combinations set "
-                    "MODEL.META_ARCHITECTURE to 'SparseDetector'."
+                    f"{key} is {value!r}; it must be {' or '.join(map(repr, allowed))} with "
+                    f"MODEL.META_ARCHITECTURE {cls.__name__!r}. For free combinations set "
+                    "MODEL.META_ARCHITECTURE to 'SparseDetector'"
                 )
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from asag import load_config
-from asag.config.rules import RULES, Range, check_config
+from asag.config.rules import RULES, OneOf, Range, check_config
 from asag.engine import Trainer
 from asag.inference.tta import check_test_augmentation
 
@@ -116,13 +116,15 @@ def _outside(rule: Range) -> Iterator[tuple[str, Any]]:
 
 def _numbers() -> Iterator[Case]:
     for key, rule in RULES.items():
+        if isinstance(rule, OneOf) or isinstance(getattr(rule, "item", None), OneOf):
+            continue  # see `_choices`
         if isinstance(rule, Range):
             values = list(_outside(rule))
         else:
             default = functools.reduce(getattr, key.split("."), _tiny())
             length = rule.length or max(len(default), 1)
             good = list(default) if len(default) == length else [1] * length
-            values = [(title, [*good[:-1], value]) for title, value in _outside(rule.range)]
+            values = [(title, [*good[:-1], value]) for title, value in _outside(rule.item)]
             if rule.length is not None:
                 values.append(("list of another length", [*good, good[-1]]))
             values.append(("number where a list is needed", good[-1]))
@@ -178,11 +180,11 @@ def _lists() -> Iterator[Case]:
     rows = [
         ("MODEL.ROI_HEADS.IN_FEATURES", "['p2', 'p9']", TINY, ("p9",), "p3"),
         ("MODEL.ROI_HEADS.IN_FEATURES", "[]", TINY, (), "HIDDEN_DIM"),
-        ("MODEL.ENCODER.IN_FEATURE", "res9", CONDITIONAL, ("res9",), "the backbone gives"),
-        ("INPUT.FORMAT", "XYZ", TINY, ("XYZ",), "must be 'RGB' or 'BGR'"),
+        ("MODEL.ENCODER.IN_FEATURE", "res9", CONDITIONAL, ("res9",), "it must be one of"),
+        ("INPUT.FORMAT", "XYZ", TINY, ("XYZ",), "must be one of: 'RGB', 'BGR'"),
         ("MODEL.DECODER.SELF_ATTENTION", "iou", TINY, ("iou",), "set MODEL.META_ARCHITECTURE"),
         ("MODEL.MATCHER.OT.REG_COST", "('l3',)", CONFIGS["MODEL.MATCHER.OT.SOLVER"], ("l3",), "of"),
-        ("MODEL.DECODER.NUM_HEADS", "7", TINY, ("7",), "a multiple"),
+        ("MODEL.DECODER.NUM_HEADS", "7", TINY, ("7",), "it must divide"),
         ("SOLVER.IMS_PER_BATCH", "3", TINY, ("3", "ACCUMULATE_STEPS"), "multiple"),
         ("SOLVER.STEPS", "(9, 5)", TINY, (), "must rise"),
         ("MODEL.TIMM.NAME", "no-such-choice", TINY, (WRONG,), "timm.list_models()"),

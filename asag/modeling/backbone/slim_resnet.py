@@ -12,22 +12,16 @@ from detectron2.modeling.backbone import FPN, ResNet
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 
-from ..registry import check_choice
-
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """ResNet of basic blocks with `MODEL.SLIM_RESNET` blocks and widths, outputs res2 to the last
     stage: res5, or an earlier one where fewer than four stages have blocks."""
     slim = cfg.MODEL.SLIM_RESNET
-    check_choice("MODEL.SLIM_RESNET.NORM", slim.NORM, ("BN", "GN", "SyncBN"))
-    if not 1 <= len(slim.BLOCKS) <= 4 or min(slim.BLOCKS) < 1:
-        raise ValueError(
-            f"MODEL.SLIM_RESNET.BLOCKS is {slim.BLOCKS}; it must hold up to four positive numbers"
-        )
     if slim.NORM == "GN" and slim.WIDTH % 32:
         raise ValueError(
-            f"MODEL.SLIM_RESNET.WIDTH is {slim.WIDTH}; with NORM 'GN' it must be a multiple of 32"
+            f"MODEL.SLIM_RESNET.WIDTH is {slim.WIDTH}; it must be a multiple of 32 with "
+            "MODEL.SLIM_RESNET.NORM 'GN'"
         )
     stem = BasicStem(in_channels=input_shape.channels, out_channels=slim.WIDTH, norm=slim.NORM)
     stages, channels = [], slim.WIDTH
@@ -53,7 +47,8 @@ def build_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     blocks = cfg.MODEL.SLIM_RESNET.BLOCKS
     if len(blocks) != 4:
         raise ValueError(
-            f"MODEL.SLIM_RESNET.BLOCKS is {blocks}; a feature pyramid needs all four stages"
+            f"MODEL.SLIM_RESNET.BLOCKS is {blocks}; it must hold four numbers with "
+            "MODEL.BACKBONE.NAME 'build_slim_resnet_fpn_backbone'"
         )
     return FPN(
         bottom_up=build_slim_resnet(cfg, input_shape),

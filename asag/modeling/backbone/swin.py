@@ -51,10 +51,10 @@ class Swin(Backbone):
             freeze_at: 1 leaves the patch embedding untrained, 2 to 5 also that many stages less 1.
 
         Raises:
-            ValueError: a value that cannot work; the message names its configuration key.
+            ValueError: `num_heads` do not divide the channels of their stages.
         """
         super().__init__()
-        _check(embed_dim, depths, num_heads, window_size, drop_path_rate)
+        _check_heads(embed_dim, num_heads)
         body = SwinTransformer(
             patch_size=[PATCH_SIZE, PATCH_SIZE],
             embed_dim=embed_dim,
@@ -98,29 +98,14 @@ class Swin(Backbone):
         return outputs
 
 
-def _check(
-    embed_dim: int,
-    depths: Sequence[int],
-    num_heads: Sequence[int],
-    window_size: int,
-    drop_path_rate: float,
-) -> None:
-    """Raises ValueError that names the configuration key of a value that cannot work."""
-    for key, value in (("DEPTHS", depths), ("NUM_HEADS", num_heads)):
-        if len(value) != NUM_STAGES or min(value) < 1:
-            raise ValueError(
-                f"MODEL.SWIN.{key} is {tuple(value)}; it must hold {NUM_STAGES} positive numbers"
-            )
+def _check_heads(embed_dim: int, num_heads: Sequence[int]) -> None:
     for i, heads in enumerate(num_heads):
         if (embed_dim * 2**i) % heads:
             raise ValueError(
-                f"MODEL.SWIN.NUM_HEADS is {tuple(num_heads)}: {heads} heads do not divide the "
-                f"{embed_dim * 2**i} channels of stage {i + 1} (MODEL.SWIN.EMBED_DIM {embed_dim})"
+                f"MODEL.SWIN.NUM_HEADS is {tuple(num_heads)}; its numbers must divide the channels "
+                f"of their stages, but stage {i + 1} has {embed_dim * 2**i} "
+                f"(MODEL.SWIN.EMBED_DIM {embed_dim})"
             )
-    if window_size < 1:
-        raise ValueError(f"MODEL.SWIN.WINDOW_SIZE is {window_size}; it must be at least 1")
-    if not 0 <= drop_path_rate < 1:
-        raise ValueError(f"MODEL.SWIN.DROP_PATH_RATE is {drop_path_rate}; it must lie in [0, 1)")
 
 
 @BACKBONE_REGISTRY.register()

@@ -56,8 +56,8 @@ def learn_affine(module: nn.Module) -> nn.Module:
 def _check_norm(cfg: CfgNode) -> None:
     if cfg.MODEL.RESNETS.NORM != "FrozenBN":
         raise ValueError(
-            f"MODEL.RESNETS.NORM is {cfg.MODEL.RESNETS.NORM!r}, but MODEL.BACKBONE.NAME "
-            f"{cfg.MODEL.BACKBONE.NAME!r} learns the affine part of 'FrozenBN'"
+            f"MODEL.RESNETS.NORM is {cfg.MODEL.RESNETS.NORM!r}; it must be 'FrozenBN' with "
+            f"MODEL.BACKBONE.NAME {cfg.MODEL.BACKBONE.NAME!r}"
         )
 
 

@@ -44,8 +44,8 @@ class QueryWeightingCriterion(SetCriterion):
         super().__init__(**common)
         if self.class_loss != "focal":
             raise ValueError(
-                "MODEL.CRITERION.NAME 'QueryWeightingCriterion' weighs sigmoid scores, but "
-                f"MODEL.CRITERION.CLASS_LOSS is {self.class_loss!r}; set it to 'focal'"
+                f"MODEL.CRITERION.CLASS_LOSS is {self.class_loss!r}; it must be 'focal' with "
+                "MODEL.CRITERION.NAME 'QueryWeightingCriterion', which weighs sigmoid scores"
             )
         self.query_weights = weights or QueryWeights()
         self.area_weight = area_weight

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...structures import Predictions, Targets
 from ..layers.boxes import at_least_float32, box_giou, xyxy_to_cxcywh
 from ..layers.loss_weights import mean_over_workers
-from ..registry import CRITERION_REGISTRY, check_choice
+from ..registry import CRITERION_REGISTRY
 
 
 @CRITERION_REGISTRY.register()
@@ -53,9 +53,6 @@ class SetCriterion(nn.Module):
             deep_supervision: a loss for every stage, or for the last one only.
         """
         super().__init__()
-        check_choice("MODEL.CRITERION.CLASS_LOSS", class_loss, ("focal", "softmax"))
-        check_choice("MODEL.CRITERION.L1_FORMAT", l1_format, ("xyxy", "cxcywh"))
-        check_choice("MODEL.CRITERION.NORMALIZER", normalizer, ("objects", "positives"))
         self.class_loss = class_loss
         self.weights = {"ce": class_weight, "bbox": l1_weight, "giou": giou_weight}
         self.l1_format = l1_format

@@ -24,11 +24,7 @@ class SelfAttention(nn.Module):
             dropout: rate on the attention weights while training.
         """
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f"MODEL.DECODER.HIDDEN_DIM ({dim}) must be a multiple of MODEL.DECODER.NUM_HEADS "
-                f"({num_heads})"
-            )
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.dropout = dropout
         self.in_proj = nn.Linear(dim, 3 * dim)
@@ -84,6 +80,15 @@ class SelfAttention(nn.Module):
     def mask(self, valid: Tensor) -> Tensor:
         """Who may attend to whom, broadcast to (B, H, N, N)."""
         return attendable(valid)
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raises ValueError if `num_heads` heads cannot share `dim` channels equally."""
+    if dim % num_heads:
+        raise ValueError(
+            f"MODEL.DECODER.NUM_HEADS is {num_heads}; it must divide MODEL.DECODER.HIDDEN_DIM "
+            f"({dim})"
+        )
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...structures import ImageSizes
+from .attention import check_heads
 from .position_encoding import cell_mask, valid_cells
 
 
@@ -80,11 +81,7 @@ class DeformableAttention(nn.Module):
             ValueError: `dim` cannot be cut into `num_heads`.
         """
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f"MODEL.DECODER.HIDDEN_DIM ({dim}) must be a multiple of MODEL.DECODER.NUM_HEADS "
-                f"({num_heads})"
-            )
+        check_heads(dim, num_heads)
         self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
         samples = num_heads * num_levels * num_points
         self.offsets = nn.Linear(dim, samples * 2)

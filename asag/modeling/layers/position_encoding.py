@@ -34,7 +34,8 @@ def sine_embedding(xy: Tensor, dim: int) -> Tensor:
     """
     if dim % 4:
         raise ValueError(
-            f"MODEL.DECODER.HIDDEN_DIM is {dim}; sine embeddings of positions need a multiple of 4"
+            f"MODEL.DECODER.HIDDEN_DIM is {dim}; it must be a multiple of 4 for sine embeddings of "
+            "positions"
         )
     pairs = torch.arange(dim // 4, device=xy.device, dtype=xy.dtype)
     wavelength = TEMPERATURE ** (4 * pairs / dim)

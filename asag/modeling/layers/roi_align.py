@@ -17,7 +17,6 @@ from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from ..registry import check_choice
 from .boxes import at_least_float32, box_area
 from .exporting import is_exporting
 
@@ -79,25 +78,21 @@ class PyramidRoIAlign(nn.Module):
         Args:
             strides: pixels a cell of each level, consecutive powers of two.
             output_size: P.
-            sampling_ratio: samples a bin and direction.
+            sampling_ratio: samples a bin and direction, 1 or more: an adaptive number has no
+                static shape.
             aligned: half-pixel correction (RoIAlign V2); False gives the legacy alignment.
             level_eps: added inside the logarithm of the level rule.
 
         Raises:
-            ValueError: wrong strides, or an adaptive sampling ratio.
+            ValueError: `strides` do not double from level to level.
         """
         super().__init__()
         levels = [int(math.log2(s)) for s in strides]
         consecutive = list(range(levels[0], levels[0] + len(levels)))
         if [2**x for x in levels] != list(strides) or levels != consecutive:
             raise ValueError(
-                "RoIAlign needs feature strides that double from level to level, got "
-                f"{list(strides)}; check MODEL.ROI_HEADS.IN_FEATURES"
-            )
-        if sampling_ratio < 1:
-            raise ValueError(
-                f"MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO is {sampling_ratio}; it must be at "
-                "least 1: an adaptive number of samples has no static shape"
+                "MODEL.ROI_HEADS.IN_FEATURES names features of the strides "
+                f"{list(strides)}; they must be powers of two that double from level to level"
             )
         self.strides = tuple(strides)
         self.min_level, self.max_level = levels[0], levels[-1]
@@ -216,7 +211,6 @@ class PyramidRoIAlign(nn.Module):
 def build_pooler(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> PyramidRoIAlign:
     """RoIAlign on the maps of `MODEL.ROI_HEADS.IN_FEATURES`, by `MODEL.ROI_BOX_HEAD.POOLER_*`."""
     box_head = cfg.MODEL.ROI_BOX_HEAD
-    check_choice("MODEL.ROI_BOX_HEAD.POOLER_TYPE", box_head.POOLER_TYPE, tuple(LEVEL_EPS))
     return PyramidRoIAlign(
         strides=[input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES],
         output_size=box_head.POOLER_RESOLUTION,

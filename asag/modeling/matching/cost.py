@@ -16,7 +16,6 @@ from torch import Tensor
 from ...structures import Predictions, Targets
 from ..layers.boxes import at_least_float32, box_area, box_giou, xyxy_to_cxcywh
 from ..layers.loss_weights import weigh_area
-from ..registry import check_choice
 
 EPS = 1e-8  # inside the logarithms of the focal cost, as in the authors' implementations
 
@@ -52,10 +51,6 @@ class MatchingCost:
     alpha: float = 0.25
     gamma: float = 2.0
     area_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_choice("MODEL.CRITERION.CLASS_LOSS", self.class_cost, ("focal", "softmax"))
-        check_choice("MODEL.CRITERION.L1_FORMAT", self.box_format, ("xyxy", "cxcywh"))
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> MatchingCost:

@@ -10,13 +10,10 @@ crowded image or `rounding="none"` makes them fractional; everything else is who
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from ..registry import check_choice
 
 # Float32 noise around whole numbers. Quotients of whole numbers below a few thousand stay further
 # than this from the next whole number, so flooring after adding it is exact.
@@ -139,21 +136,6 @@ class UnitPolicy:
     unit_step: float = 0.5
     unit_rounding: str = "floor"
     cap: float = 0.8
-
-    def __post_init__(self) -> None:
-        if self.q < 1:
-            raise ValueError(f"MODEL.MATCHER.OT.Q is {self.q}; it must be 1 or more")
-        if self.fixed_k < 0:
-            raise ValueError(
-                f"MODEL.MATCHER.OT.FIXED_K is {self.fixed_k}; use 0 for dynamic k or 1, 2, ..."
-            )
-        if not (self.unit_step >= 0 and math.isfinite(self.unit_step)):
-            raise ValueError(f"MODEL.MATCHER.OT.UNIT_STEP is {self.unit_step}; it must be >= 0")
-        if not 0 < self.cap <= 1:
-            raise ValueError(f"MODEL.MATCHER.OT.CAP is {self.cap}; it must lie in (0, 1]")
-        check_choice(
-            "MODEL.MATCHER.OT.UNIT_ROUNDING", self.unit_rounding, ("floor", "round", "none")
-        )
 
     def __call__(
         self, iou: Tensor | None, present: Tensor, num_predictions: Tensor, num_stages: int

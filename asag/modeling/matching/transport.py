@@ -161,18 +161,11 @@ class SinkhornTransport:
     repair_rounds: int = 8
 
     def __post_init__(self) -> None:
-        key = "MODEL.MATCHER.OT"
-        if not 0 < self.epsilon <= self.epsilon_start < float("inf"):
+        if self.epsilon > self.epsilon_start:
             raise ValueError(
-                f"{key}.EPS is {self.epsilon} and {key}.EPS_START is {self.epsilon_start}; "
-                "0 < EPS <= EPS_START must hold"
+                f"MODEL.MATCHER.OT.EPS is {self.epsilon}; it must be at most "
+                f"MODEL.MATCHER.OT.EPS_START ({self.epsilon_start})"
             )
-        if self.iterations < 1:
-            raise ValueError(f"{key}.ITERS is {self.iterations}; it must be 1 or more")
-        if not 1 <= self.relaxation <= 1.7:
-            raise ValueError(f"{key}.RELAXATION is {self.relaxation}; it must lie in [1, 1.7]")
-        if self.repair_rounds < 0:
-            raise ValueError(f"{key}.REPAIR_ROUNDS is {self.repair_rounds}; it must be >= 0")
 
     def __call__(self, cost: Tensor, supply: Tensor, column_valid: Tensor) -> Transport:
         """Arguments and result as in `exact_transport`, computed in float32."""

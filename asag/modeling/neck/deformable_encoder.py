@@ -113,8 +113,8 @@ class DeformableEncoder(nn.Module):
         missing = [name for name in encoder.IN_FEATURES if name not in input_shape]
         if missing:
             raise ValueError(
-                f"MODEL.DEFORMABLE_ENCODER.IN_FEATURES names {missing}, but the backbone gives "
-                f"{sorted(input_shape)} (MODEL.RESNETS.OUT_FEATURES)"
+                f"MODEL.DEFORMABLE_ENCODER.IN_FEATURES is {list(encoder.IN_FEATURES)}; it must "
+                f"name features of the backbone: {sorted(input_shape)} (MODEL.RESNETS.OUT_FEATURES)"
             )
         return {
             "in_features": encoder.IN_FEATURES,

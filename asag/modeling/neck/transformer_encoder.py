@@ -121,12 +121,8 @@ class TransformerEncoder(nn.Module):
         encoder, decoder = cfg.MODEL.ENCODER, cfg.MODEL.DECODER
         if encoder.IN_FEATURE not in input_shape:
             raise ValueError(
-                f"MODEL.ENCODER.IN_FEATURE is {encoder.IN_FEATURE!r}, but the backbone gives "
-                f"{sorted(input_shape)} (MODEL.RESNETS.OUT_FEATURES)"
-            )
-        if encoder.NUM_LAYERS < 0:
-            raise ValueError(
-                f"MODEL.ENCODER.NUM_LAYERS is {encoder.NUM_LAYERS}; it must be 0 or more"
+                f"MODEL.ENCODER.IN_FEATURE is {encoder.IN_FEATURE!r}; it must be one of the "
+                f"backbone's features: {sorted(input_shape)} (MODEL.RESNETS.OUT_FEATURES)"
             )
         shape = input_shape[encoder.IN_FEATURE]
         return {

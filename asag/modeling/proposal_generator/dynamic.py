@@ -99,16 +99,6 @@ class DynamicProposals(nn.Module):
             tau_steps: training forwards that the annealing takes; 0 starts at the end.
         """
         super().__init__()
-        for key, value in (("NUM_EXPERTS", num_experts), ("SIZE", size), ("FC_DIM", hidden_dim)):
-            if value < 1:
-                raise ValueError(
-                    f"MODEL.PROPOSAL_GENERATOR.DPG.{key} is {value}; it must be at least 1"
-                )
-        if min(tau_init, tau_final) <= 0:
-            raise ValueError(
-                f"MODEL.PROPOSAL_GENERATOR.DPG.TAU_INIT ({tau_init}) and TAU_FINAL ({tau_final}) "
-                "must be positive"
-            )
         self.in_features = tuple(in_features)
         self.num_experts = num_experts
         self.tau_init, self.tau_final, self.tau_steps = tau_init, tau_final, tau_steps
@@ -134,10 +124,6 @@ class DynamicProposals(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         dpg = cfg.MODEL.PROPOSAL_GENERATOR.DPG
-        if not 0 <= dpg.TAU_SHARE <= 1:
-            raise ValueError(
-                f"MODEL.PROPOSAL_GENERATOR.DPG.TAU_SHARE is {dpg.TAU_SHARE}; it must lie in [0, 1]"
-            )
         forwards = cfg.SOLVER.MAX_ITER * cfg.SOLVER.ACCUMULATE_STEPS
         return {
             "num_queries": cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES,

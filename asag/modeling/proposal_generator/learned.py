@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 from ...structures import ImageSizes, Queries, Targets
 from ..layers.boxes import cxcywh_to_xyxy
-from ..registry import check_choice
-
-BOX_INITS = ("image", "grid", "random", "center")
 
 
 def initial_boxes(kind: str, count: int) -> Tensor:
@@ -29,11 +26,7 @@ def initial_boxes(kind: str, count: int) -> Tensor:
             "random": centers and sizes uniform. "center": in the middle, a tenth of the image wide
             and high.
         count: N.
-
-    Raises:
-        ValueError: unknown kind.
     """
-    check_choice("MODEL.PROPOSAL_GENERATOR.BOX_INIT", kind, BOX_INITS)
     if kind == "image":
         return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(count, 1)
     if kind == "center":

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from ...structures import ImageSizes, Queries, Targets
 from ..layers.feed_forward import make_mlp
 from ..layers.init import xavier_init_matrices
-from ..registry import check_choice
-
-REFERENCE_POINTS = ("none", "origin", "learned", "predicted")
 
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
@@ -37,12 +34,6 @@ class ObjectQueries(nn.Module):
                 the middle of the image; "none".
         """
         super().__init__()
-        key = "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS"
-        check_choice(key, reference_points, REFERENCE_POINTS)
-        if num_queries < 1:
-            raise ValueError(
-                f"MODEL.PROPOSAL_GENERATOR.NUM_QUERIES is {num_queries}; it must be at least 1"
-            )
         self.embedding = nn.Parameter(torch.randn(num_queries, dim))
         self.reference_points = reference_points
         if reference_points == "predicted":

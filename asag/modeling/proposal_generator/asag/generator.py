@@ -94,8 +94,8 @@ class AdaptiveSparseAnchors(nn.Module):
         strides = tuple(input_shape[f].stride for f in asag.IN_FEATURES)
         if strides != ANCHOR_STRIDES:
             raise ValueError(
-                f"MODEL.ASAG.IN_FEATURES must name maps of strides {ANCHOR_STRIDES}, got "
-                f"{dict(zip(asag.IN_FEATURES, strides, strict=True))}"
+                f"MODEL.ASAG.IN_FEATURES is {list(asag.IN_FEATURES)} with strides {strides}; it "
+                f"must name features of the strides {ANCHOR_STRIDES}"
             )
         return {
             "generator": _anchor_generator(cfg),

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.init import xavier_init_matrices
-from ...registry import check_choice
 from .patches import crop_patches, resize_valid
 
 P5_STRIDE = 32
@@ -73,12 +72,8 @@ class AnchorNetwork(nn.Module):
             anchor_init: "random" as the authors', where every anchor starts as half of its patch
                 and has to find a place of its own; "grid" spreads them over the patch, which
                 spares a training from scratch on little data that search (not in the paper).
-
-        Raises:
-            ValueError: another `anchor_init`.
         """
         super().__init__()
-        check_choice("MODEL.ASAG.ANCHOR_INIT", anchor_init, ("random", "grid"))
         self.side = side
         in_dim, hidden_dim = side * side * channels, 125 * channels
         self.compress = nn.ModuleList(_compression(dim, channels) for _ in range(3))  # P3, P4, P5

@@ -146,8 +146,8 @@ class AdaMixerStage(nn.Module):
         super().__init__()
         if dim % groups:
             raise ValueError(
-                f"MODEL.DECODER.HIDDEN_DIM ({dim}) must be a multiple of MODEL.DECODER.MIXER_GROUPS"
-                f" ({groups})"
+                f"MODEL.DECODER.MIXER_GROUPS is {groups}; it must divide MODEL.DECODER.HIDDEN_DIM "
+                f"({dim})"
             )
         self.strides = tuple(strides)
         self.attention = PositionedSelfAttention(dim=dim, num_heads=num_heads, dropout=dropout)

@@ -17,12 +17,8 @@ from torch import Tensor, nn
 from ...layers.attention import SelfAttention, split_heads
 from ...layers.feed_forward import make_mlp
 from ...layers.init import xavier_init_matrices
-from ...registry import check_choice
 from ..sparse_rcnn.iou_esa import IoUEnhancedSelfAttention
 from .cross_attention import CrossAttention, StageMemory, project_together
-
-SPATIAL_QUERIES = ("csq", "csq_c", "csq_t", "csq_p", "csq_i")
-PROJECTIONS = ("identity", "single", "block", "full", "diagonal")
 
 
 class SpatialQuery(nn.Module):
@@ -52,12 +48,10 @@ class SpatialQuery(nn.Module):
             num_stages: stages that share it. A single one has no f to learn T from.
         """
         super().__init__()
-        check_choice("MODEL.DECODER.SPATIAL_QUERY", kind, SPATIAL_QUERIES)
-        check_choice("MODEL.DECODER.SPATIAL_PROJECTION", projection, PROJECTIONS)
         if kind == "csq_t" and projection != "diagonal":
             raise ValueError(
-                f"MODEL.DECODER.SPATIAL_PROJECTION is {projection!r}, but SPATIAL_QUERY 'csq_t' "
-                "takes T itself as the query, which must then be 'diagonal'"
+                f"MODEL.DECODER.SPATIAL_PROJECTION is {projection!r}; it must be 'diagonal' with "
+                "MODEL.DECODER.SPATIAL_QUERY 'csq_t', which takes T itself as the query"
             )
         self.kind = kind
         self.projection = projection

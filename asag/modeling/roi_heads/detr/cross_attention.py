@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...layers.attention import merge_heads, split_heads
+from ...layers.attention import check_heads, merge_heads, split_heads
 from ...layers.boxes import at_least_float32
 from ...layers.exporting import is_exporting
 
@@ -38,11 +38,7 @@ class CrossAttention(nn.Module):
             dropout: rate on the attention weights while training.
         """
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(
-                f"MODEL.DECODER.HIDDEN_DIM ({dim}) must be a multiple of MODEL.DECODER.NUM_HEADS "
-                f"({num_heads})"
-            )
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.dropout = dropout
         self.out_proj = nn.Linear(dim, dim)

@@ -140,8 +140,8 @@ class ChannelWeightedDecoderStage(DecoderStage):
     ) -> None:
         if pre_norm:
             raise ValueError(
-                "MODEL.DECODER.PRE_NORM is on, but MODEL.DECODER.DCW has norms behind its "
-                "sublayers; switch one of them off"
+                "MODEL.DECODER.PRE_NORM is True; it must be False with MODEL.DECODER.DCW True, "
+                "which has its norms behind the sublayers"
             )
         sizes = {"dim": dim, "ffn_dim": ffn_dim, "activation": activation, "dropout": dropout}
         self.cls_branch = TaskBranch(**sizes)

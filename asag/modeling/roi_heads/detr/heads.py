@@ -20,7 +20,6 @@ from ...layers.boxes import at_least_float32, cxcywh_to_xyxy
 from ...layers.feed_forward import make_mlp
 from ...layers.init import prior_bias, xavier_init_matrices
 from ...layers.position_encoding import FeaturePositions, inverse_sigmoid, sine_embedding
-from ...registry import check_choice
 from ..sparse_rcnn.iou_esa import IoUEnhancedSelfAttention
 from .conditional_attention import (
     ConditionalCrossAttention,
@@ -69,8 +68,6 @@ class DETRHeads(nn.Module):
             spatial_query: of conditional attention, shared by all stages.
         """
         super().__init__()
-        if num_stages < 1:
-            raise ValueError(f"MODEL.DECODER.NUM_STAGES is {num_stages}; it must be at least 1")
         self.in_feature = in_feature
         self.positions = positions
         self.dim = dim
@@ -98,6 +95,11 @@ class DETRHeads(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         decoder, heads = cfg.MODEL.DECODER, cfg.MODEL.ROI_HEADS
+        if decoder.SELF_ATTENTION not in ("msa", "iou_esa"):
+            raise ValueError(
+                f"MODEL.DECODER.SELF_ATTENTION is {decoder.SELF_ATTENTION!r}; it must be one of: "
+                f"'msa', 'iou_esa' with MODEL.ROI_HEADS.NAME {cls.__name__!r}"
+            )
         (feature, shape) = _single_feature(heads.IN_FEATURES, input_shape, decoder.HIDDEN_DIM)
         focal = cfg.MODEL.CRITERION.CLASS_LOSS == "focal"
         make_stage = ChannelWeightedDecoderStage if decoder.DCW else DecoderStage
@@ -114,7 +116,6 @@ class DETRHeads(nn.Module):
                 first=first,
             )
 
-        check_choice("MODEL.DECODER.SELF_ATTENTION", decoder.SELF_ATTENTION, ("msa", "iou_esa"))
         return {
             "make_stage": make,
             "num_stages": decoder.NUM_STAGES,
@@ -206,15 +207,13 @@ class ConditionalDETRHeads(DETRHeads):
         decoder = cfg.MODEL.DECODER
         if decoder.PRE_NORM:
             raise ValueError(
-                "MODEL.DECODER.PRE_NORM is on, but the spatial queries of ConditionalDETRHeads are "
-                "defined on normed embeddings; set it to False or MODEL.ROI_HEADS.NAME to "
-                "'DETRHeads'"
+                "MODEL.DECODER.PRE_NORM is True; it must be False with MODEL.ROI_HEADS.NAME "
+                "'ConditionalDETRHeads', whose spatial queries are defined on normalized embeddings"
             )
         if cfg.MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS == "none":
             raise ValueError(
-                "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS is 'none', but ConditionalDETRHeads "
-                "build their spatial queries on reference points; choose 'origin', 'learned' or "
-                "'predicted'"
+                "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS is 'none'; it must be one of: 'origin', "
+                "'learned', 'predicted' with MODEL.ROI_HEADS.NAME 'ConditionalDETRHeads'"
             )
         spatial_query = SpatialQuery(
             dim=decoder.HIDDEN_DIM,
@@ -251,12 +250,12 @@ def _single_feature(
     """The one feature map that a transformer decoder reads, checked."""
     if len(names) != 1 or names[0] not in shapes:
         raise ValueError(
-            f"MODEL.ROI_HEADS.IN_FEATURES is {list(names)}; DETR's decoders read one of "
+            f"MODEL.ROI_HEADS.IN_FEATURES is {list(names)}; it must be a list of one of "
             f"{sorted(shapes)}"
         )
     if shapes[names[0]].channels != dim:
         raise ValueError(
-            f"MODEL.DECODER.HIDDEN_DIM is {dim}, but the feature {names[0]!r} has "
-            f"{shapes[names[0]].channels} channels"
+            f"MODEL.DECODER.HIDDEN_DIM is {dim}; it must be the number of channels of the feature "
+            f"{names[0]!r}, which has {shapes[names[0]].channels}"
         )
     return names[0], shapes[names[0]]

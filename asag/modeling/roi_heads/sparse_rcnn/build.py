@@ -6,7 +6,6 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ...layers.attention import SelfAttention
-from ...registry import check_choice
 from .channel_weighting import ChannelWeightedInteraction
 from .disentangled import DisentangledInteraction
 from .dynamic_conv import DynamicInteraction
@@ -35,7 +34,6 @@ def build_attention(cfg: CfgNode) -> nn.Module:
     """Self-attention named by `MODEL.DECODER.SELF_ATTENTION`."""
     decoder = cfg.MODEL.DECODER
     kind, dim, dropout = decoder.SELF_ATTENTION, decoder.HIDDEN_DIM, decoder.DROPOUT
-    check_choice("MODEL.DECODER.SELF_ATTENTION", kind, ("msa", "iou_esa", "iou", "none"))
     if kind == "none":
         return NoAttention()
     if kind == "iou":
@@ -48,13 +46,11 @@ def build_interaction(cfg: CfgNode) -> nn.Module:
     """Interaction of a query with the features of its box, by `MODEL.DECODER.DCW` and
     `MODEL.DECODER.DISENTANGLE`."""
     decoder = cfg.MODEL.DECODER
-    check_choice("MODEL.DECODER.DISENTANGLE", decoder.DISENTANGLE, ("none", "half", "full"))
     disentangle = decoder.DISENTANGLE != "none"
     if decoder.DCW and disentangle:
         raise ValueError(
-            "MODEL.DECODER.DCW and MODEL.DECODER.DISENTANGLE are two ways to separate the tasks: "
-            f"DCW is on and DISENTANGLE is {decoder.DISENTANGLE!r}; set DCW to False or "
-            "DISENTANGLE to 'none'"
+            f"MODEL.DECODER.DCW is True and MODEL.DECODER.DISENTANGLE is {decoder.DISENTANGLE!r}; "
+            "they are alternatives: set DCW to False or DISENTANGLE to 'none'"
         )
     sizes = {
         "dim": decoder.HIDDEN_DIM,

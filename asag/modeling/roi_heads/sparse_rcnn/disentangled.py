@@ -80,7 +80,7 @@ class DisentangledInteraction(nn.Module):
         super().__init__()
         if dim % TASKS:
             raise ValueError(
-                f"MODEL.DECODER.DISENTANGLE halves MODEL.DECODER.HIDDEN_DIM, which is odd: {dim}"
+                f"MODEL.DECODER.HIDDEN_DIM is {dim}; it must be even with MODEL.DECODER.DISENTANGLE"
             )
         half = dim // TASKS
         self.task_dim = dim if recover_dim else half
