@@ -1,5 +1,5 @@
-"""Data that the components exchange: `Queries`, `Predictions`, `ImageSizes` and the padded ground
-ground truth `Targets`.
+"""Data passed between the components: `ImageSizes`, `Queries`, `Predictions` and the padded ground
+truth `Targets`.
 
 B images, N queries, C channels, S stages, K classes, M objects of the fullest image (padding).
 All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks mark
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass
 class ImageSizes:
-    """Sizes of the images of a batch, before and after padding.
+    """Sizes of the images of a batch before and after padding.
 
     Attributes:
         whwh: (B, 4) float32 width, height, width, height of each unpadded image, on the device.
@@ -32,7 +32,7 @@ class ImageSizes:
 
     @classmethod
     def from_images(cls, images: ImageList) -> ImageSizes:
-        """Reads Detectron2's image list."""
+        """Reads the sizes of Detectron2's image list."""
         hw = tuple((int(h), int(w)) for h, w in images.image_sizes)
         padded_hw = tuple(images.tensor.shape[-2:])
         return cls.from_hw(hw, padded_hw, device=images.tensor.device)
@@ -46,8 +46,8 @@ class ImageSizes:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> ImageSizes:
-        """From sizes on the host; the batch is padded to the largest sides unless said
-        otherwise."""
+        """Creates sizes from (height, width) on the host; `padded_hw` defaults to the largest
+        sides."""
         hw = tuple(hw)
         if padded_hw is None:
             padded_hw = (max(h for h, _ in hw), max(w for _, w in hw))
@@ -59,30 +59,31 @@ class ImageSizes:
 
     @property
     def any_padding(self) -> bool:
-        """Whether any image is smaller than the batch; known on the host."""
+        """True if any image is smaller than the batch; known on the host."""
         return any(size != self.padded_hw for size in self.hw)
 
 
 @dataclass
 class Queries:
-    """The few hundred candidates that the stages refine.
+    """Object candidates of each image, refined by the stages.
 
     Attributes:
-        content: (B, N, C) what the query knows.
+        content: (B, N, C) content embedding.
         valid: (B, N) bool, False on padding.
-        boxes_xyxy: (B, N, 4) float32, where it looks; None for detectors without boxes.
-        position: (B, N, C) position embedding, (1, N, C) if all images share it; None where boxes
-            say it all.
+        boxes_xyxy: (B, N, 4) float32 boxes to refine; None for detectors whose queries have none.
+        position: (B, N, C) position embedding, (1, N, C) if all images share it; None for queries
+            with boxes.
         points_xy: (B or 1, N, 2) float32 reference points in shares of the image size, 0 to 1; None
-            for detectors without.
-        all_valid: known on the host that nothing is padded, so that attention needs no mask.
-        attend: (B, N, N) bool, which queries (columns) each query (row) may attend to, where the
-            rule is finer than `valid`; None where it is not.
-        proposal_logits, proposal_boxes_xyxy: (B, N, K) and (B, N, 4), with gradient, what a
-            generator already says of class and box; supervised like a stage. None for generators
-            that only propose.
-        noised: (B, D) int64, the ground truth of which each of the first D queries is a noised
-            copy, -1 for those that are padding; None without denoising.
+            for detectors without reference points.
+        all_valid: True if it is known on the host that no query is padding: attention then needs no
+            mask.
+        attend: (B, N, N) bool mask of the queries (columns) that each query (row) may attend to, if
+            `valid` is not enough; None otherwise.
+        proposal_logits, proposal_boxes_xyxy: (B, N, K) and (B, N, 4), with gradient: predictions of
+            the proposal generator itself, supervised like those of a stage. None for generators
+            without predictions.
+        noised: (B, D) int64 index of the ground truth from which each of the first D queries is a
+            noised copy, -1 on padding; None without denoising.
     """
 
     content: Tensor
@@ -98,7 +99,7 @@ class Queries:
 
     @property
     def mask(self) -> Tensor | None:
-        """What attention asks for: None, or (B, N) or (B, N, N) bool."""
+        """Attention mask, (B, N) or (B, N, N) bool; None if all queries are valid."""
         if self.attend is not None:
             return self.attend
         return None if self.all_valid else self.valid
@@ -106,14 +107,14 @@ class Queries:
 
 @dataclass
 class Predictions:
-    """What every stage says, stacked; the last stage is the detector's answer.
+    """Predictions of all stages, stacked; the last stage gives the detections.
 
     Attributes:
         logits: (S, B, N, K) class logits, K + 1 columns (background last) in softmax mode.
         boxes_xyxy: (S, B, N, 4) float32.
         valid: (B, N) bool.
-        noised: what the stages say of noised ground truths, which takes no part in matching; None
-            without denoising.
+        noised: predictions for denoising queries, which take no part in matching; None without
+            denoising.
     """
 
     logits: Tensor
@@ -125,8 +126,11 @@ class Predictions:
     def from_stages(
         cls, queries: Queries, logits: Sequence[Tensor], boxes_xyxy: Sequence[Tensor]
     ) -> Predictions:
-        """Stacks the stages' (B, N, K) and (B, N, 4), what the generator says first, and sets
-        noised queries apart."""
+        """Stacks the logits (B, N, K) and boxes (B, N, 4) of the stages.
+
+        Predictions of the proposal generator come first; those for denoising queries are moved to
+        `noised`.
+        """
         logits, boxes_xyxy = list(logits), list(boxes_xyxy)
         if queries.proposal_logits is not None:
             logits.insert(0, queries.proposal_logits)
@@ -147,7 +151,7 @@ class Predictions:
         return self.logits.shape[0]
 
     def last(self) -> Predictions:
-        """The final stage alone, still with a stage dimension of size one."""
+        """Returns the predictions of the last stage, with a stage dimension of size one."""
         noised = self.noised
         if noised is not None:
             noised = NoisedPredictions(noised.predictions.last(), noised.gt)
@@ -156,10 +160,10 @@ class Predictions:
 
 @dataclass
 class NoisedPredictions:
-    """What the stages say of noised ground truths.
+    """Predictions of all stages for denoising queries.
 
     Attributes:
-        predictions: (S, B, D, ...), padding is not valid.
+        predictions: (S, B, D, ...); padding is not valid.
         gt: ground truth (B, D) int64, the ground truth that each answers for, -1 on padding.
     """
 
@@ -169,14 +173,14 @@ class NoisedPredictions:
 
 @dataclass
 class Targets:
-    """Ground truth of a batch, padded to M >= 1 objects so that every shape is known on the host.
+    """Ground truth of a batch, padded to M >= 1 objects so that all shapes are known on the host.
 
     Attributes:
-        boxes_xyxy: (B, M, 4) float32; padding holds a unit box so that no arithmetic degenerates.
+        boxes_xyxy: (B, M, 4) float32; padding holds a unit box, which keeps all arithmetic finite.
         labels: (B, M) int64, zero on padding.
         valid: (B, M) bool.
         image_whwh: (B, 4) float32, width, height, width, height of each unpadded image.
-        counts: objects per image, on the host: asking for them costs no synchronization.
+        counts: objects per image, on the host: reading them needs no synchronization.
     """
 
     boxes_xyxy: Tensor
@@ -192,7 +196,8 @@ class Targets:
         labels: Sequence[Tensor],
         image_whwh: Tensor,
     ) -> Targets:
-        """Pads per-image boxes (m, 4) and labels (m,) and moves each field in one copy.
+        """Pads the boxes (m, 4) and labels (m,) of each image, and copies each field to the device
+        at once.
 
         Args:
             boxes_xyxy: one (m_b, 4) tensor an image, absolute pixels.

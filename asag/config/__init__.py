@@ -1,4 +1,4 @@
-"""Configuration: every key with its default, reading files, and the rules that values obey."""
+"""Configuration: keys with their defaults, loading of files, and rules for the values."""
 
 from .defaults import add_asag_config, get_asag_cfg
 from .loading import CONFIG_FOLDERS, differences, find_config, leaves, load_config

@@ -1,4 +1,4 @@
-"""Reading a configuration: a yaml file, then overrides; only known keys pass. And comparing two."""
+"""Loading of configuration files and overrides, and comparison of configurations."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 def find_config(name: str) -> Path:
-    """A configuration file by path, or by its name below the library's configs.
+    """Finds a configuration file by its path, or by its name below the library's configs.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: no such file exists.
     """
     for path in (Path(name), *(folder / name for folder in CONFIG_FOLDERS)):
         if path.is_file():
             return path
     raise ValueError(
-        f"--config-file {name}: no such file, neither from here nor below {CONFIG_FOLDERS[0]}"
+        f"--config-file {name}: no such file, neither as a path nor below {CONFIG_FOLDERS[0]}"
     )
 
 
 def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
-    """Configuration of a yaml file (its `_BASE_` included) and KEY VALUE overrides.
+    """Loads a YAML file (with its `_BASE_`) and applies KEY VALUE overrides.
 
-    Whole numbers are taken for keys that hold floats.
+    Integers are accepted for keys with float values.
 
     Raises:
-        KeyError: an unknown key; the message names it and the nearest known ones.
-        ValueError: a value of the wrong type, or an odd number of override words.
+        KeyError: a key is unknown. The message names it and similar keys.
+        ValueError: a value has the wrong type, or the number of override words is odd.
     """
     cfg = get_asag_cfg()
     if len(options) % 2:
@@ -60,8 +60,10 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
 
 
 def differences(before: CN, now: CN) -> Changes:
-    """Keys whose values are not the same, in alphabetical order; a key of one side only counts as
-    None on the other."""
+    """Returns the keys with different values, in alphabetical order.
+
+    A key that only one of the configurations has counts as None in the other.
+    """
     old, new = dict(leaves(before)), dict(leaves(now))
     return {
         key: (old.get(key), new.get(key))
@@ -71,7 +73,7 @@ def differences(before: CN, now: CN) -> Changes:
 
 
 def leaves(node: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a configuration."""
+    """Yields dotted key and value of all entries of a configuration."""
     for name, value in node.items():
         if isinstance(value, CN):
             yield from leaves(value, f"{prefix}{name}.")
@@ -80,22 +82,22 @@ def leaves(node: CN, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists and tuples alike: YAML does not tell them apart."""
+    """Turns tuples into lists: YAML does not distinguish them."""
     return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def _read_yaml(path: str) -> CN:
-    """A file with its `_BASE_`; ValueError with the file's name for all that can be wrong with it,
-    for which there is no common class of errors."""
+    """Reads a file with its `_BASE_`. Raises ValueError with the file's name on any error: the
+    possible ones have no common base class."""
     try:
         content = CN.load_yaml_with_base(path)
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, not keys and values")
+            raise ValueError(f"it contains a {type(content).__name__}, not keys and values")
         return CN(content)
     except Exception as error:
         raise ValueError(
-            f"cannot read the configuration {path}: {error}. Fix the file: it is YAML, a line "
-            "KEY: VALUE each, and _BASE_ names another one"
+            f"cannot read the configuration {path}: {error}. Fix the file: it must be YAML with "
+            "lines KEY: VALUE, and _BASE_ must name another such file"
         ) from error
 
 
@@ -108,7 +110,7 @@ def _merge(cfg: CN, given: CN, source: str) -> None:
 
 
 def _fit(cfg: CN, given: CN, source: str) -> None:
-    """Refuses unknown keys and turns whole numbers into floats where the default is a float."""
+    """Raises KeyError on unknown keys, and turns integers into floats if the default is a float."""
     known = dict(leaves(cfg))
     for key, value in list(leaves(given)):
         if key not in known:
