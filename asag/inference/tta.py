@@ -1,4 +1,4 @@
-"""Test-time augmentation for box detectors: several sizes and flips of an image, one answer.
+"""Test-time augmentation for box detectors: several sizes and flips of an image.
 
 A augmented copies of an image, D detections of all copies together, L leaders of clusters.
 """
@@ -27,11 +27,11 @@ Detections = tuple[Tensor, Tensor, Tensor]
 
 
 class DetectorWithTTA(nn.Module):
-    """Wraps a detector: same call, same answer format, each image seen in several versions.
+    """Detector that runs a model on several augmented copies of each image and merges the results.
 
-    What Detectron2's `GeneralizedRCNNWithTTA` does for its own R-CNNs, and built like it:
-    `DetectorWithTTA(cfg, model)`. Inputs need no mapper: a dict with a file name is enough. An
-    image that was resized before is enlarged again for the larger sizes, so give the original.
+    The counterpart of Detectron2's `GeneralizedRCNNWithTTA`, created like it by
+    `DetectorWithTTA(cfg, model)`, with the inputs and outputs of the model. Inputs need no mapper:
+    a dict with a file name is enough. Pass original images, not resized ones.
     """
 
     @configurable
@@ -49,13 +49,13 @@ class DetectorWithTTA(nn.Module):
         """
         Args:
             model: Detectron2 inputs -> list of `{"instances": Instances}`; used in evaluation mode.
-            augment: input dict -> A dicts with `image` and `transforms`, as `DatasetMapperTTA`.
-            merge: all detections of an image -> the ones to keep.
+            augment: input dict -> A dicts with `image` and `transforms`, like `DatasetMapperTTA`.
+            merge: detections of all copies -> detections of the image.
             top_k: detections an image.
-            size_ranges: for each copy, the open range of sqrt(box area) in pixels of that copy that
-                is believed; empty believes all boxes.
-            batch_size: copies that go through the model together.
-            input_format: color order for images that are read from their file.
+            size_ranges: for each copy, the open range of sqrt(box area), in pixels of that copy, of
+                boxes that are kept; empty keeps all boxes.
+            batch_size: copies in one batch.
+            input_format: color order of images that are read from files.
         """
         super().__init__()
         self.model = model
@@ -65,7 +65,7 @@ class DetectorWithTTA(nn.Module):
         self.size_ranges = tuple(size_ranges)
         self.batch_size = batch_size
         self.input_format = input_format
-        # Whoever changes the mode of the wrapper and restores it restores the model's.
+        # Evaluators change the mode of the wrapper and restore it, and with it the model's.
         self.train(model.training)
 
     @classmethod
@@ -73,14 +73,14 @@ class DetectorWithTTA(nn.Module):
         check_test_augmentation(cfg)
         aug = cfg.TEST.AUG
 
-        def merge(found: Detections) -> Detections:
+        def merge(detections: Detections) -> Detections:
             if aug.MERGE == "nms":
-                return merge_by_nms(found, aug.MERGE_IOU)
-            return merge_by_vote(found, aug.MERGE_IOU, aug.MIN_SCORE)
+                return merge_by_nms(detections, aug.MERGE_IOU)
+            return merge_by_vote(detections, aug.MERGE_IOU, aug.MIN_SCORE)
 
-        copies = 2 if aug.FLIP else 1  # DatasetMapperTTA gives each size once plain, once flipped
+        copies = 2 if aug.FLIP else 1  # of each size, as DatasetMapperTTA makes them
         return {
-            "model": getattr(model, "module", model),  # out of DistributedDataParallel
+            "model": getattr(model, "module", model),  # unwrap DistributedDataParallel
             "augment": DatasetMapperTTA(cfg),
             "merge": merge,
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
@@ -91,19 +91,23 @@ class DetectorWithTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
-        """
+        """Detects objects in each image.
+
         Args:
             batched_inputs: dicts with `image` (3, H, W) or `file_name`, and optionally `height` and
-                `width` of the wanted output.
+                `width` of the requested output.
 
         Returns:
-            One `{"instances": Instances}` an input, in the wanted resolution, best score first.
+            One `{"instances": Instances}` an input, in the requested resolution, best score first.
 
         Raises:
             RuntimeError: the model is in training mode.
         """
         if self.model.training:
-            raise RuntimeError("test-time augmentation needs a model in evaluation mode: .eval()")
+            raise RuntimeError(
+                "the model is in training mode; test-time augmentation needs evaluation mode: call "
+                ".eval()"
+            )
         return [{"instances": self._detect(self._read(x))} for x in batched_inputs]
 
     def _read(self, x: dict[str, Any]) -> dict[str, Any]:
@@ -119,31 +123,31 @@ class DetectorWithTTA(nn.Module):
     def _detect(self, x: dict[str, Any]) -> Instances:
         size = (x["height"], x["width"])
         augmented = self.augment({key: x[key] for key in ("image", "height", "width")})
-        found = []
+        parts = []
         for start in range(0, len(augmented), self.batch_size):
             batch = augmented[start : start + self.batch_size]
             outputs = self.model([{"image": a["image"]} for a in batch])
             for i, (a, output) in enumerate(zip(batch, outputs, strict=True), start):
-                believed = self._believed(output["instances"], i)
-                found.append(_in_original(believed, a["transforms"]))
-        boxes, scores, classes = self.merge(tuple(torch.cat(x) for x in zip(*found, strict=True)))
+                kept = self._in_size_range(output["instances"], i)
+                parts.append(_invert_transforms(kept, a["transforms"]))
+        boxes, scores, classes = self.merge(tuple(torch.cat(x) for x in zip(*parts, strict=True)))
         scores, best = scores.topk(min(self.top_k, len(scores)))
         result = Instances(size, pred_boxes=Boxes(boxes[best]), scores=scores)
         result.pred_classes = classes[best]
         result.pred_boxes.clip(size)
         return result[result.pred_boxes.nonempty()]
 
-    def _believed(self, found: Instances, index: int) -> Instances:
-        """Drops boxes of a size that the copy of this index is not trusted with."""
+    def _in_size_range(self, instances: Instances, index: int) -> Instances:
+        """Drops boxes outside of the size range of the copy `index`."""
         if not self.size_ranges:
-            return found
+            return instances
         low, high = self.size_ranges[index]
-        area = box_area(found.pred_boxes.tensor)
-        return found[(area > low**2) & (area < high**2)]
+        area = box_area(instances.pred_boxes.tensor)
+        return instances[(area > low**2) & (area < high**2)]
 
 
 def check_test_augmentation(cfg: CfgNode) -> None:
-    """Raises ValueError that names the first of the keys TEST.AUG.* that do not fit together."""
+    """Raises ValueError if a key TEST.AUG.* has a wrong value, or one that contradicts another."""
     check_section(cfg, "TEST.AUG")
     aug = cfg.TEST.AUG
     pairs = all(isinstance(x, list | tuple) and len(x) == 2 for x in aug.SIZE_RANGES)
@@ -154,42 +158,42 @@ def check_test_augmentation(cfg: CfgNode) -> None:
         )
 
 
-def _in_original(found: Instances, transforms: TransformList) -> Detections:
-    """Detections of an augmented copy in pixels of the wanted output."""
-    boxes = found.pred_boxes.tensor
+def _invert_transforms(instances: Instances, transforms: TransformList) -> Detections:
+    """Maps the detections of an augmented copy to pixels of the requested output."""
+    boxes = instances.pred_boxes.tensor
     if len(boxes):
         inverted = transforms.inverse().apply_box(boxes.cpu().numpy())
         boxes = torch.as_tensor(inverted, dtype=boxes.dtype).to(boxes.device)
-    return boxes, found.scores, found.pred_classes
+    return boxes, instances.scores, instances.pred_classes
 
 
-def merge_by_nms(found: Detections, iou_threshold: float) -> Detections:
-    """Class-wise non-maximum suppression: of boxes that overlap more, the best-scored stays."""
-    boxes, scores, classes = found
+def merge_by_nms(detections: Detections, iou_threshold: float) -> Detections:
+    """Merges detections by class-wise non-maximum suppression."""
+    boxes, scores, classes = detections
     keep = batched_nms(boxes, scores, classes, iou_threshold)
     return boxes[keep], scores[keep], classes[keep]
 
 
-def merge_by_vote(found: Detections, iou_threshold: float, min_score: float) -> Detections:
-    """Clusters of each class answer with their average, and once more with their members.
+def merge_by_vote(detections: Detections, iou_threshold: float, min_score: float) -> Detections:
+    """Merges detections by box voting within clusters of each class.
 
-    A cluster is the best-scored box that is left and all of its class that overlap it by
-    `iou_threshold`. It yields the mean of its boxes weighted by score, with the best score; and
-    every member as it is, its score times (1 - IoU with the best box), if that is `min_score` at
-    least: objects that stand close together are lowered, not lost.
+    A cluster is the best-scored remaining box and all boxes of its class that overlap it by at
+    least `iou_threshold`. It yields the mean of its boxes weighted by score, with the best score;
+    and each member with its score multiplied by (1 - IoU with the best box), if that is at least
+    `min_score`, so that objects close to each other are not lost.
 
     Returns:
         Detections in no particular order.
     """
-    boxes, scores, classes = found
+    boxes, scores, classes = detections
     parts = []
-    # By class, because the overlaps of all boxes at once would be a matrix of gigabytes.
+    # By class: the overlaps of all boxes at once would be a matrix of gigabytes.
     for label in classes.unique():
         chosen = classes == label
         merged = _vote(boxes[chosen], scores[chosen], iou_threshold, min_score)
         parts.append((*merged, label.expand(len(merged[1]))))
     if not parts:
-        return found
+        return detections
     merged_boxes, merged_scores, merged_classes = (torch.cat(x) for x in zip(*parts, strict=True))
     return merged_boxes, merged_scores, merged_classes
 
@@ -200,8 +204,8 @@ def _vote(
     """`merge_by_vote` for boxes (D, 4) and scores (D,) of one class."""
     leaders = nms(boxes, scores, iou_threshold)  # (L,) best first
     overlap = box_iou(boxes[leaders][:, None], boxes[None])  # (L, D)
-    # A box belongs to the first leader that reaches it, which is the greedy clustering. A leader
-    # reaches itself first; rounding at the threshold may leave a box to its nearest leader.
+    # Greedy clustering: a box belongs to the first leader that overlaps it enough. Because of
+    # rounding at the threshold a box may have none; it then belongs to the nearest leader.
     reached = overlap >= iou_threshold
     owner = torch.where(reached.any(dim=0), reached.int().argmax(dim=0), overlap.argmax(dim=0))
     owner[leaders] = torch.arange(len(leaders), device=owner.device)
@@ -209,7 +213,7 @@ def _vote(
         0, owner, scores[:, None].expand(-1, 4).contiguous()
     )
     total = torch.zeros_like(boxes[leaders]).index_add_(0, owner, boxes * scores[:, None])
-    # Scores of zero have no say, and no weight to be divided by.
+    # A cluster whose scores are all zero keeps the box of its leader.
     mean = torch.where(weight > 0, total / weight.clamp(min=1e-12), boxes[leaders])
     again = scores * (1 - overlap[owner, torch.arange(len(boxes), device=owner.device)])
     kept = again >= min_score

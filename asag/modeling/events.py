@@ -1,4 +1,4 @@
-"""Scalars of the model in Detectron2's event storage."""
+"""Logging of the model's scalars to Detectron2's event storage."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor
 
 WRITE_PERIOD = 20
-"""Iterations between two lines of the log, in Detectron2's `DefaultTrainer` and in ours."""
+"""Iterations between two writes of Detectron2's `DefaultTrainer` and of ours."""
 
 
 def put_scalars(scalars: Mapping[str, Tensor]) -> None:
-    """Puts 0-dim tensors into the event storage of the training loop, if there is one.
+    """Puts 0-d tensors into the event storage; does nothing outside of a training loop.
 
-    Tensors of a GPU are read only in the iterations in which Detectron2's writers look at them,
-    because each read makes the host wait: one read every `WRITE_PERIOD` iterations.
+    GPU tensors are read only every `WRITE_PERIOD` iterations, when Detectron2's writers write,
+    because each read synchronizes host and device.
     """
     storage = _storage()
     if storage is None or not scalars:
@@ -28,7 +28,7 @@ def put_scalars(scalars: Mapping[str, Tensor]) -> None:
 
 
 def _storage() -> EventStorage | None:
-    """Returns the current storage; None outside of a training loop (v0.5 cannot be asked)."""
+    """Returns the current storage; None outside of a training loop (v0.5 has no query for it)."""
     try:
         return get_event_storage()
     except AssertionError:

@@ -1,8 +1,11 @@
 """Meta-architectures: the detection pipeline and its registered variants.
 
-image -> backbone -> neck -> proposal generator -> ROI heads -> detections, or matcher -> criterion
--> losses. `SparseDetector` combines any components that fit; the named architectures at the end of
-this file fix the components that make each paper.
+images -> backbone -> neck -> proposal generator -> ROI heads -> detections (inference)
+                                                             -> matcher -> criterion -> losses
+                                                                (training)
+
+`SparseDetector` combines any components; the named architectures at the end of this file require
+the components of a paper.
 """
 
 from __future__ import annotations
@@ -137,10 +140,10 @@ class SparseDetector(nn.Module):
 
     @classmethod
     def check_requirements(cls, cfg: CfgNode) -> None:
-        """A named architecture insists on what makes it that paper.
+        """Checks that a named architecture has the components of its paper.
 
         Raises:
-            ValueError: names the key, its value, and the way out.
+            ValueError: a key has another value. The message names the allowed ones.
         """
         for key, allowed in cls.requirements.items():
             value: Any = cfg
@@ -158,14 +161,15 @@ class SparseDetector(nn.Module):
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> dict[str, Tensor] | list[dict]:
-        """Losses while training, detections otherwise.
+        """Computes losses in training mode, detections otherwise.
 
         Args:
             batched_inputs: Detectron2's format: `image` (3, H, W) in `input_format`, `instances`
-                while training, `height` and `width` of the wanted output.
+                in training, `height` and `width` of the requested output.
 
         Returns:
-            name -> scalar loss, or a list of `{"instances": Instances}` in the wanted resolution.
+            name -> scalar loss, or a list of `{"instances": Instances}` in the requested
+            resolution.
         """
         images = self.preprocess_images(batched_inputs)
         sizes = ImageSizes.from_images(images)
@@ -184,8 +188,8 @@ class SparseDetector(nn.Module):
             nms_threshold=self.nms_threshold,
         )
         return [
-            {"instances": detector_postprocess(found, *_wanted_size(x, found))}
-            for x, found in zip(batched_inputs, detections, strict=True)
+            {"instances": detector_postprocess(result, *_output_size(x, result))}
+            for x, result in zip(batched_inputs, detections, strict=True)
         ]
 
     def _precision(self) -> AbstractContextManager[None]:
@@ -196,8 +200,16 @@ class SparseDetector(nn.Module):
     def forward_stages(
         self, images: Tensor, sizes: ImageSizes, targets: Targets | None = None
     ) -> tuple[Predictions, dict[str, Tensor]]:
-        """Predictions of every stage for normalized images (B, 3, H, W), and the proposal
-        generator's own losses."""
+        """Runs the network up to the ROI heads.
+
+        Args:
+            images: (B, 3, H, W) normalized.
+            sizes: of the B images.
+            targets: padded ground truth in training; None in inference.
+
+        Returns:
+            Predictions of all stages, and the losses of the proposal generator.
+        """
         with self.zero_padding(sizes) if self.zero_padding else nullcontext():
             features: dict[str, Tensor] = self.backbone(images)
         if self.neck is not None:
@@ -207,28 +219,28 @@ class SparseDetector(nn.Module):
         return self.roi_heads(features, queries, sizes), losses
 
     def preprocess_images(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Normalizes, pads at the right and bottom with zeros, and batches.
+        """Normalizes the images, pads them at the right and bottom with zeros, and batches them.
 
         Raises:
-            ValueError: an input is not a (3, H, W) tensor; the message names it.
+            ValueError: an image is not a (3, H, W) tensor. The message names the input.
         """
         for x in batched_inputs:
             image = x.get("image")
             if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] != 3:
-                found = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+                actual = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
                 raise ValueError(
                     f"image of input {_name(x)!r} must be a (3, H, W) tensor in "
-                    f"{self.input_format} order, got {found}"
+                    f"{self.input_format} order, got {actual}"
                 )
         moved = [x["image"].to(self.device, non_blocking=True) for x in batched_inputs]
         normalized = [(x - self.pixel_mean) / self.pixel_std for x in moved]
         return ImageList.from_tensors(normalized, self.backbone.size_divisibility)
 
     def read_targets(self, batched_inputs: list[dict[str, Any]], sizes: ImageSizes) -> Targets:
-        """Padded ground truth of a training batch.
+        """Reads and pads the ground truth of a training batch.
 
         Raises:
-            ValueError: an input has no `instances`, or a label that the classifier does not have.
+            ValueError: an input has no `instances`, or a label out of range.
         """
         instances: list[Instances] = []
         for x in batched_inputs:
@@ -237,7 +249,7 @@ class SparseDetector(nn.Module):
                     f"training input {_name(x)!r} has no 'instances'; use the training mapper "
                     "(is_train=True)"
                 )
-            # The labels of the mapper are on the host, where NumPy looks at them.
+            # The mapper leaves the labels on the host: checking them needs no synchronization.
             labels = x["instances"].gt_classes.numpy(force=True)
             wrong = labels[(labels < 0) | (labels >= self.num_classes)]
             if wrong.size:
@@ -254,14 +266,14 @@ def _name(x: dict[str, Any]) -> Any:
     return x.get("file_name", x.get("image_id", "without a name"))
 
 
-def _wanted_size(x: dict[str, Any], found: Instances) -> tuple[int, int]:
-    return x.get("height", found.image_size[0]), x.get("width", found.image_size[1])
+def _output_size(x: dict[str, Any], result: Instances) -> tuple[int, int]:
+    return x.get("height", result.image_size[0]), x.get("width", result.image_size[1])
 
 
 @META_ARCH_REGISTRY.register()
 class SparseRCNN(SparseDetector):
-    """Sparse R-CNN (Sun et al., CVPR 2021): learned proposals, dynamic heads, one-to-one
-    matching."""
+    """Sparse R-CNN (Sun et al., CVPR 2021): learned proposals, stages with dynamic convolution,
+    one-to-one matching."""
 
     requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
         "MODEL.PROPOSAL_GENERATOR.NAME": ("LearnedProposals",),
@@ -306,7 +318,7 @@ class IoUEnhancedSparseRCNN(SparseDetector):
 class ASAG(SparseDetector):
     """One decoder stage on adaptive sparse anchors, with Query Weighting (Fu et al., ICCV 2023).
 
-    `MODEL.DECODER.STAGE` tells ASAG-A, -S and -D apart.
+    `MODEL.DECODER.STAGE` selects ASAG-A, -S or -D.
     """
 
     requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -338,8 +350,8 @@ class DETR(SparseDetector):
 
 @META_ARCH_REGISTRY.register()
 class ConditionalDETR(SparseDetector):
-    """DETR whose cross-attention keeps content and position apart, and forms the spatial query from
-    a reference point and what the stage before found out (Meng et al., ICCV 2021)."""
+    """DETR with conditional cross-attention, whose spatial queries depend on a reference point and
+    the embedding of the previous stage (Meng et al., ICCV 2021)."""
 
     requirements: ClassVar[dict[str, tuple[Any, ...]]] = {
         "MODEL.NECK.NAME": ("TransformerEncoder",),

@@ -1,4 +1,4 @@
-"""From the last stage's predictions to detections.
+"""Selection of detections from the predictions of the last stage.
 
 B images, N queries, K classes, D detections kept.
 """
@@ -24,24 +24,23 @@ def select_detections(
     softmax: bool = False,
     nms_threshold: float = 0.0,
 ) -> list[Instances]:
-    """Best-scored detections of each image, in falling order of score.
+    """Returns the best-scored detections of each image, in descending order of score.
 
-    With sigmoid scores a query may answer with several classes; with softmax each query gives its
-    best foreground class.
+    With sigmoid scores a query may be detected in several classes; with softmax each query gives
+    its best foreground class.
 
     Args:
         predictions: only the last stage is read.
-        image_sizes_hw: of the unpadded network inputs, in which the boxes are given.
-        top_k: detections kept an image (fewer where there are fewer candidates).
+        image_sizes_hw: of the unpadded network inputs, the coordinate frame of the boxes.
+        top_k: detections an image (fewer if there are fewer candidates).
         softmax: logits have a background column, last.
-        nms_threshold: class-wise non-maximum suppression among the kept ones above this IoU; 0 is
-            off.
+        nms_threshold: IoU threshold of class-wise non-maximum suppression among them; 0 is off.
 
     Returns:
         One `Instances` an image with `pred_boxes`, `scores`, `pred_classes`; boxes are not clipped.
     """
     scores, boxes, classes = top_candidates(predictions, top_k, softmax)
-    # Scores fall, so that real candidates come first: one copy to the host says how many.
+    # Scores descend, so valid candidates come first: one copy to the host gives their number.
     counts = (scores >= 0).sum(dim=1).tolist()
     return [
         _to_instances(scores[b, :n], boxes[b, :n], classes[b, :n], size, nms_threshold)
@@ -52,8 +51,10 @@ def select_detections(
 def top_candidates(
     predictions: Predictions, top_k: int, softmax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Falling scores (B, D), boxes (B, D, 4), classes (B, D); padded queries and scores that are
-    not a number have score -1."""
+    """Returns scores (B, D) in descending order, boxes (B, D, 4) and classes (B, D).
+
+    Padded queries and NaN scores get score -1.
+    """
     logits, boxes = at_least_float32(predictions.logits[-1]), predictions.boxes_xyxy[-1]
     if softmax:
         scores, classes = logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # (B, N)

@@ -1,4 +1,4 @@
-"""ResNet-50 and -101 that end at the last stage, with or without its dilation (DETR, Section 4)."""
+"""ResNet with a dilated last stage (DC5; DETR, Section 4)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from detectron2.modeling.backbone.resnet import build_resnet_backbone
 
 @BACKBONE_REGISTRY.register()
 def build_dc5_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """Detectron2's ResNet with torchvision's rule of dilation.
+    """Builds Detectron2's ResNet with torchvision's dilation.
 
-    With `MODEL.RESNETS.RES5_DILATION` 2 the last stage keeps the resolution of the one before
-    (stride 16, "DC5"), and its 3x3 convolutions are dilated except in the first block. Detectron2
-    dilates that one too: published weights load there, and give other features.
+    With `MODEL.RESNETS.RES5_DILATION` 2 the last stage has stride 16 ("DC5"), and its 3x3
+    convolutions are dilated except in the first block. Detectron2 also dilates the first block:
+    published weights would load, but give different features.
     """
     resnet = build_resnet_backbone(cfg, input_shape)
     if cfg.MODEL.RESNETS.RES5_DILATION > 1:

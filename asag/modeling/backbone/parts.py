@@ -1,4 +1,4 @@
-"""What a backbone consists of, for those who treat it part by part."""
+"""Stages of a backbone, for code that handles them one by one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .timm_backbone import TimmBackbone
 
 
 def backbone_stages(backbone: nn.Module) -> Iterator[nn.Module]:
-    """The stages of the residual network, Swin Transformer or network of timm inside of a backbone;
-    none where it is something else."""
+    """Yields the stages of the residual network, Swin Transformer or timm network inside of a
+    backbone; none for other networks."""
     for module in backbone.modules():
         if isinstance(module, ResNet):
             yield from module.stages

@@ -1,6 +1,6 @@
-"""A residual network of any width, for detectors that a CPU can train.
+"""Residual network of configurable width, for detectors that are trained on a CPU.
 
-Detectron2's own R-18 is fixed to 64 channels and to norms that are usually frozen.
+Detectron2's R-18 has 64 channels, and norms that are usually frozen.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """ResNet of basic blocks with `MODEL.SLIM_RESNET` blocks and widths, outputs res2 to the last
-    stage: res5, or an earlier one where fewer than four stages have blocks."""
+    """Builds a ResNet of basic blocks by `MODEL.SLIM_RESNET`, with outputs res2 to res5, or to an
+    earlier stage if there are fewer than four."""
     slim = cfg.MODEL.SLIM_RESNET
     if slim.NORM == "GN" and slim.WIDTH % 32:
         raise ValueError(
@@ -43,7 +43,7 @@ def build_slim_resnet(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
 
 @BACKBONE_REGISTRY.register()
 def build_slim_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """`build_slim_resnet` under Detectron2's feature pyramid, outputs p2 to p6."""
+    """Builds `build_slim_resnet` with Detectron2's feature pyramid, outputs p2 to p6."""
     blocks = cfg.MODEL.SLIM_RESNET.BLOCKS
     if len(blocks) != 4:
         raise ValueError(

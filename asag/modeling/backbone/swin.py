@@ -1,8 +1,8 @@
-"""Swin Transformer (Liu et al., ICCV 2021) under a feature pyramid.
+"""Swin Transformer (Liu et al., ICCV 2021) with a feature pyramid.
 
 B images, H x W input, C channels of a stage. The blocks are torchvision's: they pad a map to whole
-windows before they shift it, as the authors' detectors do, so that any input size works. (timm 1.0
-shifts first, which lets opposite borders attend to each other when a map is not a multiple of the
+windows before they shift it, as the authors' detectors do, which supports any input size. (timm 1.0
+shifts first, so that opposite borders attend to each other if a map is not a multiple of the
 window.)
 """
 
@@ -24,11 +24,10 @@ NUM_STAGES = 4
 
 
 class Swin(Backbone):
-    """The four stages of a Swin Transformer, each with a norm behind, outputs "stage1" to "stage4".
+    """Swin Transformer with a norm behind each of its four stages, outputs "stage1" to "stage4".
 
     Padding at the right and bottom takes part in the attention of windows that it shares with the
-    image and reaches further from block to block, so outputs depend slightly on how much of it a
-    batch adds.
+    image, so outputs depend slightly on the amount of padding in a batch.
     """
 
     def __init__(
@@ -43,12 +42,12 @@ class Swin(Backbone):
     ) -> None:
         """
         Args:
-            embed_dim: channels of the first stage, doubled from stage to stage.
+            embed_dim: channels of the first stage, doubled in each following stage.
             depths, num_heads: blocks and attention heads of the four stages.
-            window_size: tokens a side of a window.
-            drop_path_rate: probability that the last block's branches are skipped for an image
-                while training; falls linearly to 0 at the first block.
-            freeze_at: 1 leaves the patch embedding untrained, 2 to 5 also that many stages less 1.
+            window_size: side of a window in tokens.
+            drop_path_rate: stochastic depth rate of the last block; falls linearly to 0 at the
+                first block.
+            freeze_at: 1 freezes the patch embedding, 2 to 5 also the first 1 to 4 stages.
 
         Raises:
             ValueError: `num_heads` do not divide the channels of their stages.
@@ -64,7 +63,7 @@ class Swin(Backbone):
             stochastic_depth_prob=drop_path_rate,
             num_classes=1,
         )
-        # Patch embedding and patch merging at even, stages at odd places; names stay torchvision's.
+        # Patch embedding and merging at even indices, stages at odd ones; torchvision's names.
         self.features = body.features
         self.channels = [embed_dim * 2**i for i in range(NUM_STAGES)]
         self.norms = nn.ModuleList(nn.LayerNorm(c) for c in self.channels)
@@ -82,9 +81,10 @@ class Swin(Backbone):
         }
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """
+        """Computes the feature maps.
+
         Args:
-            images: (B, 3, H, W), of any size.
+            images: (B, 3, H, W) of any size.
 
         Returns:
             name -> (B, C, H / stride, W / stride), sides rounded up.
@@ -110,7 +110,8 @@ def _check_heads(embed_dim: int, num_heads: Sequence[int]) -> None:
 
 @BACKBONE_REGISTRY.register()
 def build_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Swin of `MODEL.SWIN` under Detectron2's feature pyramid, outputs p2 to p6."""
+    """Builds a Swin Transformer by `MODEL.SWIN` with Detectron2's feature pyramid, outputs p2 to
+    p6."""
     swin = cfg.MODEL.SWIN
     return FPN(
         bottom_up=Swin(

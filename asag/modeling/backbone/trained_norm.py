@@ -1,5 +1,5 @@
-"""ResNets whose norms keep ImageNet's statistics but learn scale and shift, as ASAG's authors train
-them."""
+"""ResNets whose norms have fixed ImageNet statistics and learned scale and shift, as in the code of
+ASAG's authors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 
 class FixedStatisticsNorm2d(nn.Module):
-    """Batch norm with fixed statistics and a learned affine map; names and shapes are those of
-    `FrozenBatchNorm2d`."""
+    """Batch norm with fixed statistics and learned scale and shift; parameter names and shapes are
+    those of `FrozenBatchNorm2d`."""
 
     def __init__(self, frozen: FrozenBatchNorm2d, trainable: bool) -> None:
         """
         Args:
-            frozen: gives statistics and affine map.
-            trainable: False keeps the affine map fixed as well.
+            frozen: its statistics, scale and shift are copied.
+            trainable: False also fixes scale and shift.
         """
         super().__init__()
         self.eps = frozen.eps
@@ -42,8 +42,10 @@ class FixedStatisticsNorm2d(nn.Module):
 
 
 def learn_affine(module: nn.Module) -> nn.Module:
-    """Replaces every frozen norm below `module`, in place. Where the neighboring weights are
-    frozen, the affine map stays so, too."""
+    """Replaces all frozen norms below `module` in place.
+
+    Scale and shift stay fixed if the weights beside the norm are frozen.
+    """
     trainable = any(p.requires_grad for p in module.parameters(recurse=False))
     for name, child in module.named_children():
         if isinstance(child, FrozenBatchNorm2d):
@@ -63,13 +65,13 @@ def _check_norm(cfg: CfgNode) -> None:
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_affine_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Detectron2's ResNet with learned scale and shift."""
+    """Builds Detectron2's ResNet with learned scale and shift."""
     _check_norm(cfg)
     return learn_affine(build_resnet_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_affine_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Detectron2's ResNet-FPN with learned scale and shift."""
+    """Builds Detectron2's ResNet-FPN with learned scale and shift."""
     _check_norm(cfg)
     return learn_affine(build_resnet_fpn_backbone(cfg, input_shape))

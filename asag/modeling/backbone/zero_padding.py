@@ -1,8 +1,8 @@
-"""Keeping padding at zero inside of a convolutional network, so that a batch changes nothing.
+"""Zero padding inside of a convolutional network, for features that do not depend on the batch.
 
-Images of a batch are padded with zeros, but behind the first norm the padding is zero no longer,
-and every 3x3 convolution carries it one cell further into the image. An image then gets other
-features in a batch than by itself.
+Images of a batch are padded with zeros, but behind the first norm the padding is not zero anymore,
+and every 3x3 convolution propagates it one cell further into the image. The features of an image
+then depend on the other images of its batch.
 
 B images, H x W cells.
 """
@@ -21,16 +21,16 @@ from ...structures import ImageSizes
 from ..layers.position_encoding import cell_mask
 from .timm_backbone import TimmBackbone
 
-# The network halves the image this many times.
+# Number of strides of two in the network.
 HALVINGS = 5
-# Differences of features, relative to the largest, that count as rounding.
+# Largest relative difference of features that counts as a rounding error.
 PROBE_TOLERANCE = 1e-4
 
 
 class ZeroPadding:
-    """Clears the padding in front of every convolution and pooling that looks at neighbors.
+    """Sets the padding to zero in front of every convolution and pooling with a kernel above 1 x 1.
 
-    Works by hooks on the network, which cost nothing where no image is padded.
+    Uses hooks on the network, which do nothing if no image is padded.
 
     Example:
         >>> zero_padding = ZeroPadding(backbone)
@@ -41,45 +41,44 @@ class ZeroPadding:
     def __init__(self, backbone: nn.Module) -> None:
         """
         Args:
-            backbone: a `ResNet` of Detectron2, a `TimmBackbone`, or a module around one. A network
-                of timm is tried out on noise, because it may look at the whole image somewhere.
+            backbone: Detectron2's `ResNet`, a `TimmBackbone`, or a module that contains one. A timm
+                network is tested on noise, because some of its layers may read the whole image.
 
         Raises:
-            ValueError: there is no such network inside, or padding reaches its features all the
-                same.
+            ValueError: it contains no such network, or padding still changes the features.
         """
         self._masks: dict[tuple[int, int], Tensor] = {}
         stems = [x for x in backbone.modules() if isinstance(x, BasicStem)]
         networks = [x for x in backbone.modules() if isinstance(x, TimmBackbone)]
         if not stems and not networks:
             raise ValueError(
-                "MODEL.EXACT_PADDING needs a residual network or one of timm as backbone, "
-                f"MODEL.BACKBONE.NAME built a {type(backbone).__name__}; set MODEL.EXACT_PADDING "
-                "to False"
+                "MODEL.EXACT_PADDING is True; it must be False for backbones that are neither a "
+                f"residual network nor one of timm, such as {type(backbone).__name__} "
+                "(MODEL.BACKBONE.NAME)"
             )
-        for stem in stems:  # its pooling is no module; ReLU in between keeps zeros
+        for stem in stems:  # its pooling is not a module; the ReLU in between keeps zeros
             stem.conv1.register_forward_hook(self._clear_output)
-        spared = {stem.conv1 for stem in stems}  # the images themselves are padded with zeros
+        skipped = {stem.conv1 for stem in stems}  # the images are padded with zeros
         for module in backbone.modules():
-            if _looks_at_neighbors(module) and module not in spared:
+            if _reads_neighbors(module) and module not in skipped:
                 module.register_forward_pre_hook(self._clear_input)
         for network in networks:
             if self._leaks(network):
                 raise ValueError(
-                    f"MODEL.EXACT_PADDING: padding reaches the features of {network.name}, "
-                    "though it is cleared in front of every convolution (attention, squeeze and "
-                    "excitation and the like look at the whole image). Set MODEL.EXACT_PADDING to "
-                    "False, or MODEL.TIMM.NAME to a network of plain convolutions"
+                    "MODEL.EXACT_PADDING is True; it must be False for MODEL.TIMM.NAME "
+                    f"{network.name!r}, whose features depend on the padding even if it is zero in "
+                    "front of every convolution, for example by squeeze and excitation. Set "
+                    "MODEL.TIMM.NAME to a network of plain convolutions"
                 )
 
     @contextmanager
     def __call__(self, sizes: ImageSizes) -> Iterator[None]:
-        """Clears the padding of a batch of these sizes in whatever the network does meanwhile."""
+        """Context manager in which the network runs a batch of these sizes."""
         with self._with_masks(padding_masks(sizes) if sizes.any_padding else {}):
             yield
 
     def situation(self) -> Callable[[], AbstractContextManager[None]]:
-        """What brings the masks of this moment back, for a stage that is computed a second time."""
+        """Returns a function that restores the current masks, for activation checkpointing."""
         return functools.partial(self._with_masks, self._masks)
 
     @contextmanager
@@ -102,10 +101,10 @@ class ZeroPadding:
 
     @torch.no_grad()
     def _leaks(self, network: TimmBackbone) -> bool:
-        """True if an image gets other features in a larger frame."""
+        """Returns True if the features of an image depend on the size of its batch."""
         stride = network.size_divisibility
         generator = torch.Generator().manual_seed(0)
-        # As high as its frame, so that the border of a frame counts as well.
+        # As high as the smaller frame, so that its border is tested as well.
         image = torch.rand(1, 3, 2 * stride, 2 * stride - 9, generator=generator)
         image = image.to(next(network.parameters()))
         training = network.training
@@ -126,7 +125,7 @@ class ZeroPadding:
         return False
 
 
-def _looks_at_neighbors(module: nn.Module) -> bool:
+def _reads_neighbors(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return max(module.kernel_size) > 1
     return isinstance(module, nn.MaxPool2d | nn.AvgPool2d)
@@ -134,8 +133,8 @@ def _looks_at_neighbors(module: nn.Module) -> bool:
 
 @contextmanager
 def _noisy_vectors(network: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    """Replaces vectors, such as those of norms, by noise within the context: many start at 0 or 1,
-    which would hide what depends on them."""
+    """Context manager that replaces vectors, such as those of norms, by noise: many are initialized
+    with 0 or 1, which would hide their effect."""
     tensors = [
         x
         for x in network.state_dict().values()
@@ -152,10 +151,10 @@ def _noisy_vectors(network: nn.Module, generator: torch.Generator) -> Iterator[N
 
 
 def padding_masks(sizes: ImageSizes) -> dict[tuple[int, int], Tensor]:
-    """(H, W) of every resolution of the network -> (B, 1, H, W) bool, False on padding.
+    """Returns masks (B, 1, H, W), False on padding, for each resolution (H, W) of the network.
 
-    A stride of two keeps every cell that begins inside of the image: sides are halved and rounded
-    up, those of the images like those of the batch.
+    A stride of two keeps every cell that begins inside of the image: the sides of images and batch
+    are halved and rounded up.
     """
     masks = {}
     padded, cells = sizes.padded_hw, sizes.hw

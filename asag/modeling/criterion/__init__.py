@@ -1,4 +1,4 @@
-"""Criteria: how wrong the predictions are."""
+"""Criteria: losses of matched predictions."""
 
 from ..registry import CRITERION_REGISTRY, build_criterion
 from .query_weighting import QueryWeightingCriterion

@@ -1,4 +1,5 @@
-"""Query Weighting: matched queries count by how good they are (ASAG, Section 3.4, Eqs. 1-3).
+"""Query Weighting: losses of matched queries weighted by their quality (ASAG, Section 3.4, Eqs.
+1-3).
 
 B images, N queries, S stages, K classes, M padded ground truths.
 """
@@ -21,11 +22,11 @@ from .set_criterion import SetCriterion, gather_targets
 
 @CRITERION_REGISTRY.register()
 class QueryWeightingCriterion(SetCriterion):
-    """Set prediction loss in which a matched query is more of a positive the better its score and
-    box are, and something of a negative as well when it is sure of a bad box.
+    """Set prediction loss with a positive and a negative weight for each matched query.
 
-    Works with any matcher and any number of stages. Unlike the focal loss of `SetCriterion`, that
-    of the negatives has no balancing factor alpha.
+    The positive weight grows with the quality of score and box, the negative one with the score of
+    a bad box. Works with any matcher and any number of stages. Unlike in `SetCriterion`, the focal
+    loss of negatives has no factor alpha.
     """
 
     @configurable
@@ -34,12 +35,12 @@ class QueryWeightingCriterion(SetCriterion):
     ) -> None:
         """
         Args:
-            weights: exponents of score and IoU; None takes the paper's.
+            weights: exponents of score and IoU; None uses the paper's.
             area_weight: see `weigh_area`; 1 is off.
             common: arguments of `SetCriterion`; the class loss must be "focal".
 
         Raises:
-            ValueError: softmax classifiers, which these weights do not fit.
+            ValueError: the class loss is not "focal".
         """
         super().__init__(**common)
         if self.class_loss != "focal":
@@ -67,7 +68,7 @@ class QueryWeightingCriterion(SetCriterion):
         matched: Tensor,
         norm: Tensor,
     ) -> dict[str, Tensor]:
-        """Unweighted terms of each stage, (S,); arguments as in `SetCriterion.terms`."""
+        """Computes the unweighted losses of each stage, (S,); arguments as in `SetCriterion`."""
         logits = at_least_float32(predictions.logits)
         label = gather_targets(targets.labels, index)[..., None]  # (S, B, N, 1)
         gt = gather_targets(targets.boxes_xyxy, index)  # (S, B, N, 4)

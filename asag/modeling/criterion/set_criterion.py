@@ -1,4 +1,5 @@
-"""Set prediction loss: class, L1 and GIoU of every stage (Sparse R-CNN, Section 3.4; DETR, Eq. 2).
+"""Set prediction loss: class, L1 and GIoU loss of every stage (Sparse R-CNN, Section 3.4; DETR, Eq.
+2).
 
 B images, N queries, S stages, K classes, M padded ground truths.
 """
@@ -19,11 +20,11 @@ from ..registry import CRITERION_REGISTRY
 
 @CRITERION_REGISTRY.register()
 class SetCriterion(nn.Module):
-    """Losses of all stages at once, with shapes that do not depend on what was matched.
+    """Computes the losses of all stages at once, with shapes that do not depend on the matching.
 
-    Every prediction is compared with *its* ground truth (or with a dummy that is masked out), so
-    several predictions may share one object, images may be empty and nothing needs a loop or a
-    synchronization. All sums are taken in float32 whatever the autocast.
+    Every prediction is compared with its assigned ground truth (unmatched ones with a dummy that is
+    masked out), so several predictions may share an object, images may be empty, and no loop or
+    synchronization is needed. All sums are computed in at least float32 under autocast.
     """
 
     @configurable
@@ -45,12 +46,12 @@ class SetCriterion(nn.Module):
         Args:
             class_loss: "focal" or "softmax" (cross entropy with a background column, weighted
                 mean).
-            class_weight, l1_weight, giou_weight: coefficients of the three terms.
-            l1_format: "xyxy" or "cxcywh", boxes divided by the image size.
-            focal_alpha, focal_gamma: of the focal loss.
+            class_weight, l1_weight, giou_weight: weights of the three losses.
+            l1_format: box format of the L1 loss, "xyxy" or "cxcywh", in shares of the image size.
+            focal_alpha, focal_gamma: parameters of the focal loss.
             no_object_weight: weight of background in the cross entropy.
-            normalizer: divide by the number of "objects" or, per stage, of "positives".
-            deep_supervision: a loss for every stage, or for the last one only.
+            normalizer: divide sums by the number of "objects" or, per stage, of "positives".
+            deep_supervision: losses of every stage; False keeps those of the last one only.
         """
         super().__init__()
         self.class_loss = class_loss
@@ -81,13 +82,16 @@ class SetCriterion(nn.Module):
     def forward(
         self, predictions: Predictions, targets: Targets, assignment: Tensor
     ) -> dict[str, Tensor]:
-        """Weighted losses `loss_ce`, `loss_bbox`, `loss_giou` of the last stage; `_0`, `_1`, ... of
-        the earlier ones.
+        """Computes the weighted losses.
 
         Args:
             predictions: of all stages.
             targets: padded ground truth.
             assignment: (S, B, N) int64, -1 for background.
+
+        Returns:
+            `loss_ce`, `loss_bbox` and `loss_giou` of the last stage; with suffix `_0`, `_1`, ...
+            those of the earlier stages; with `loss_dn_` those of denoising queries.
         """
         if not self.deep_supervision:
             predictions, assignment = predictions.last(), assignment[-1:]
@@ -95,7 +99,7 @@ class SetCriterion(nn.Module):
         if predictions.noised is not None:
             noised, gt = predictions.noised.predictions, predictions.noised.gt
             gt = gt.expand(noised.num_stages, -1, -1)
-            # Divided by all slots, used or not, as in the authors' code of ASAG.
+            # Divided by the number of slots, as in the authors' code of ASAG.
             slots = noised.logits.new_full((noised.num_stages,), max(noised.valid.numel(), 1))
             losses |= self.stage_losses(noised, targets, gt, "loss_dn_", at_least_float32(slots))
         return losses
@@ -108,8 +112,10 @@ class SetCriterion(nn.Module):
         prefix: str,
         norm: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Weighted losses of each stage, named `prefix` + term + stage; `norm` (S,) divides the
-        sums."""
+        """Computes the weighted losses of each stage, named `prefix` + loss + stage.
+
+        `norm` (S,) divides the sums; None is the configured normalizer.
+        """
         matched = (assignment >= 0) & predictions.valid  # (S, B, N)
         index = assignment.clamp(min=0)
         if norm is None:
@@ -130,12 +136,12 @@ class SetCriterion(nn.Module):
         matched: Tensor,
         norm: Tensor,
     ) -> dict[str, Tensor]:
-        """Unweighted terms, each (S,).
+        """Computes the unweighted losses, (S,) each.
 
         Args:
             predictions: of all stages.
             targets: padded ground truth.
-            index: (S, B, N) int64 ground truth of each prediction, anything where not matched.
+            index: (S, B, N) int64 ground truth of each prediction, arbitrary if not matched.
             matched: (S, B, N) bool.
             norm: (S,) divisor.
         """
@@ -147,7 +153,7 @@ class SetCriterion(nn.Module):
     def classification(
         self, predictions: Predictions, labels: Tensor, matched: Tensor, norm: Tensor
     ) -> Tensor:
-        """Unweighted class loss of each stage, (S,)."""
+        """Computes the unweighted class loss of each stage, (S,)."""
         logits = at_least_float32(predictions.logits)
         if self.class_loss == "focal":
             gt = torch.zeros_like(logits)
@@ -171,10 +177,10 @@ class SetCriterion(nn.Module):
         matched: Tensor,
         norm: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Unweighted L1 and GIoU loss of each stage, both (S,)."""
+        """Computes the unweighted L1 and GIoU loss of each stage, (S,) each."""
         gt = gather_targets(targets.boxes_xyxy, index)  # (S, B, N, 4)
-        # Unmatched predictions are replaced before the arithmetic: masking afterwards would turn an
-        # infinite box into NaN gradients.
+        # Unmatched predictions are replaced before the arithmetic: masking afterwards would give
+        # NaN gradients for infinite boxes.
         boxes = torch.where(matched[..., None], at_least_float32(predictions.boxes_xyxy), gt)
         giou = ((1 - box_giou(boxes, gt)) * matched).sum(dim=(1, 2))
         scale = targets.image_whwh[:, None]
@@ -185,7 +191,7 @@ class SetCriterion(nn.Module):
         return l1 / norm, giou / norm
 
     def _normalizer(self, matched: Tensor, targets: Targets) -> Tensor:
-        """(S,) what sums are divided by: mean over the workers, at least one."""
+        """Returns the divisor of the sums, (S,): mean over the processes, at least one."""
         if self.normalizer == "positives":
             count = matched.sum(dim=(1, 2)).to(targets.boxes_xyxy.dtype)
         else:
@@ -194,7 +200,7 @@ class SetCriterion(nn.Module):
 
 
 def gather_targets(values: Tensor, index: Tensor) -> Tensor:
-    """Picks `values` (B, M, ...) of ground truth `index` (S, B, N) -> (S, B, N, ...)."""
+    """Gathers `values` (B, M, ...) by the ground truth `index` (S, B, N) -> (S, B, N, ...)."""
     stages, batch, count = index.shape
     tail = values.shape[2:]
     flat = index.transpose(0, 1).reshape(batch, stages * count)  # (B, S * N)

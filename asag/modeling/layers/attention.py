@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one packed projection (Vaswani et al., 2017).
 
-    Subclasses change only how values are mixed, by overriding `mix`.
+    Subclasses override `mix`, the mixing of the values.
     """
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -39,14 +39,15 @@ class SelfAttention(nn.Module):
         valid: Tensor | None,
         position: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Attends to the queries of the same image.
+
         Args:
             query: (B, N, C).
-            boxes_xyxy: (B, N, 4) boxes that entered the stage; plain attention does not look at
-                them.
-            valid: (B, N) bool, or None where every query is real. Padded queries are never
-                attended.
-            position: (B or 1, N, C) embedding that queries and keys see and values do not, if any.
+            boxes_xyxy: (B, N, 4) input boxes of the stage; not used by plain attention.
+            valid: (B, N) or (B, N, N) bool, see `attendable`; None if all queries are valid. Padded
+                queries are never attended.
+            position: (B or 1, N, C) embedding added to queries and keys but not to values; None
+                adds nothing.
 
         Returns:
             (B, N, C); rows of padded queries hold finite but meaningless values.
@@ -58,7 +59,7 @@ class SelfAttention(nn.Module):
     def project(
         self, query: Tensor, position: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, (B, N, C) -> three of (B, H, N, D)."""
+        """Projects (B, N, C) to queries, keys and values of all heads, (B, H, N, D) each."""
         if position is None:
             packed = self.in_proj(query).view(*query.shape[:2], 3, self.num_heads, -1)
             q, k, v = packed.permute(2, 0, 3, 1, 4)
@@ -78,7 +79,7 @@ class SelfAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
     def mask(self, valid: Tensor) -> Tensor:
-        """Who may attend to whom, broadcast to (B, H, N, N)."""
+        """Returns the attention mask, which broadcasts to (B, H, N, N)."""
         return attendable(valid)
 
 
@@ -92,21 +93,22 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, N, H * D) -> (B, H, N, D), without a copy."""
+    """Splits the channels into heads, (B, N, H * D) -> (B, H, N, D), without a copy."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(B, H, N, D) -> (B, N, H * D)."""
+    """Joins the heads, (B, H, N, D) -> (B, N, H * D)."""
     return x.transpose(1, 2).flatten(2)
 
 
 def attendable(valid: Tensor) -> Tensor:
-    """(B, 1, N, N) bool: keys that are real, plus the diagonal so that no row is fully blocked.
+    """Returns an attention mask (B, 1, N, N) of the valid keys and the diagonal, so that every row
+    has a key.
 
     Args:
-        valid: (B, N) bool which keys are real, or (B, N, N) bool which keys (columns) each query
-            (row) may attend to.
+        valid: (B, N) bool mask of valid keys, or (B, N, N) bool mask of the keys (columns) that
+            each query (row) may attend to.
     """
     diagonal = torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
     keys = valid if valid.dim() == 3 else valid[:, None]

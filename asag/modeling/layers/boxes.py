@@ -1,8 +1,8 @@
-"""Box arithmetic shared by matching, losses and stages.
+"""Box arithmetic of matching, losses and stages.
 
 Every function broadcasts over leading dimensions: paired boxes are (..., 4) against (..., 4), all
-pairs are `boxes_a[..., :, None, :]` against `boxes_b[..., None, :, :]`. Boxes are xyxy in any one
-unit.
+pairs are `boxes_a[..., :, None, :]` against `boxes_b[..., None, :, :]`. Boxes are xyxy, both in the
+same unit.
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ MAX_LOG_SCALE = math.log(100000.0 / 16)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision becomes float32; float32 and float64 stay. Boxes never live in half
-    precision."""
+    """Converts half precision to float32 and keeps float32 and float64.
+
+    Boxes are never stored in half precision.
+    """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def cxcywh_to_xyxy(boxes_cxcywh: Tensor) -> Tensor:
-    """Center and size -> corners, (..., 4)."""
+    """Converts center and size to corners, (..., 4)."""
     center, size = boxes_cxcywh[..., :2], boxes_cxcywh[..., 2:]
     return torch.cat((center - size / 2, center + size / 2), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
-    """Corners -> center and size, (..., 4)."""
+    """Converts corners to center and size, (..., 4)."""
     low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
 
 def box_area(boxes_xyxy: Tensor) -> Tensor:
-    """(..., 4) -> (...) signed area."""
+    """Computes the signed areas (...) of boxes (..., 4)."""
     return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0]) * (boxes_xyxy[..., 3] - boxes_xyxy[..., 1])
 
 
 def intersection_and_union(boxes_a: Tensor, boxes_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas shared and covered by two sets of boxes, broadcast over leading dimensions."""
+    """Computes areas of intersection and union, broadcast over leading dimensions."""
     width, height = _overlap(boxes_a, boxes_b, torch.minimum, torch.maximum)
     intersection = width * height
     return intersection, box_area(boxes_a) + box_area(boxes_b) - intersection
 
 
 def box_iou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    """Intersection over union in [0, 1]; exactly 1 for equal boxes with area, 0 where the union is
-    empty."""
+    """Computes the IoU, in [0, 1]; exactly 1 for equal boxes with area, 0 if the union is empty."""
     intersection, union = intersection_and_union(boxes_a, boxes_b)
     return intersection / _divisor(union)
 
 
 def box_giou(boxes_a: Tensor, boxes_b: Tensor) -> Tensor:
-    """Generalized IoU in [-1, 1] (Rezatofighi et al., CVPR 2019): IoU minus the empty share of the
-    hull."""
+    """Computes the generalized IoU, in [-1, 1] (Rezatofighi et al., CVPR 2019)."""
     intersection, union = intersection_and_union(boxes_a, boxes_b)
     width, height = _overlap(boxes_a, boxes_b, torch.maximum, torch.minimum)
     hull = width * height
@@ -69,9 +69,14 @@ def _overlap(
     end: Callable[[Tensor, Tensor], Tensor],
     start: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Width and height between the `start` of two left or upper sides and the `end` of the others.
+    """Computes width and height of intersection or hull.
 
-    One plane a coordinate: a last dimension of two would make all pairs several times slower.
+    Coordinates are processed one by one: a last dimension of two would make all pairs several times
+    slower.
+
+    Args:
+        boxes_a, boxes_b: (..., 4).
+        end, start: elementwise minimum and maximum for the intersection, the reverse for the hull.
     """
     left_a, top_a, right_a, bottom_a = boxes_a.unbind(-1)
     left_b, top_b, right_b, bottom_b = boxes_b.unbind(-1)
@@ -80,7 +85,7 @@ def _overlap(
 
 
 def _divisor(area: Tensor) -> Tensor:
-    """The area, or one where it is empty: a tiny number instead would make infinite gradients."""
+    """Replaces empty areas by one; a small epsilon instead would make gradients infinite."""
     return torch.where(area > 0, area, 1.0)
 
 
@@ -90,18 +95,18 @@ def decode_deltas(
     center_weight: float = 2.0,
     size_weight: float = 1.0,
 ) -> Tensor:
-    """Moves and scales boxes by what a stage predicts.
+    """Applies predicted deltas to boxes.
 
     Args:
         deltas: (..., 4) dx, dy in units of the box side times `center_weight`, and dw, dh as log
             factors times `size_weight`.
-        boxes_xyxy: (..., 4) boxes that entered the stage.
-        center_weight, size_weight: divisors of the deltas. Numbers, not a tensor, which would have
-            to be copied to the device in every stage.
+        boxes_xyxy: (..., 4) input boxes of the stage.
+        center_weight, size_weight: divisors of the deltas. They are numbers because a tensor would
+            have to be copied to the device in every stage.
 
     Returns:
-        (..., 4) boxes xyxy, at least float32. Only growth is bounded (`MAX_LOG_SCALE`); boxes are
-        not clipped to the image.
+        (..., 4) boxes xyxy, at least float32. Growth is limited (`MAX_LOG_SCALE`); boxes are not
+        clipped to the image.
     """
     deltas, boxes = at_least_float32(deltas), xyxy_to_cxcywh(at_least_float32(boxes_xyxy))
     center, size = boxes[..., :2], boxes[..., 2:]

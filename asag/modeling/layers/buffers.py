@@ -1,4 +1,4 @@
-"""The part of a model's state that a forward pass changes: statistics of norms, step counters."""
+"""Buffers that a forward pass in training changes: running statistics, step counters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 def training_buffers(model: nn.Module) -> list[Tensor]:
-    """Buffers that training may change, each once.
+    """Returns the buffers that training may change, each once.
 
-    Left out are buffers that no checkpoint holds, which are constants, and those of norms with
-    fixed statistics (`FrozenBatchNorm2d` and its kin).
+    Excluded are non-persistent buffers, which are constants, and those of norms with fixed
+    statistics such as `FrozenBatchNorm2d`.
     """
     found: dict[int, Tensor] = {}
     for module in model.modules():
@@ -28,7 +28,7 @@ def training_buffers(model: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Runs a block after which the buffers hold what they held before."""
+    """Context manager that restores the values of the training buffers on exit."""
     buffers = training_buffers(model)
     saved = [buffer.detach().clone() for buffer in buffers]
     try:

@@ -1,6 +1,6 @@
-"""Activation checkpointing: memory for time, without a change of the numbers.
+"""Activation checkpointing: less memory for more computation, with the same results.
 
-A module keeps its inputs only; what its backward pass needs is computed a second time (Chen et
+A module saves only its inputs; its activations are computed again in the backward pass (Chen et
 al., "Training Deep Nets with Sublinear Memory Cost", 2016).
 """
 
@@ -20,15 +20,14 @@ from torch.utils.checkpoint import checkpoint
 from .buffers import preserved_buffers
 
 Situation = Callable[[], Callable[[], AbstractContextManager[None]]]
-"""Called in the first pass; gives a function that restores, for the second pass, what the first one
-found outside of the module."""
+"""Called in the first pass. Returns a function that restores, for the second pass, the state
+outside of the module on which its result depends."""
 
 
 class Recomputed:
-    """Mixed into a module's class: while training, the forward pass is computed twice.
+    """Mixin for modules whose forward pass is computed again in the backward pass.
 
-    Dropout draws the same numbers both times, autocast is the same, and the statistics of norms
-    move once.
+    Dropout masks and autocast are the same in both passes, and running statistics are updated once.
     """
 
     situation: Situation | None
@@ -36,7 +35,7 @@ class Recomputed:
     def forward(self, *args: Any) -> Any:
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(*args)
-        # The caller may go on and put the next layer's values into the same container.
+        # The caller may store the output of the next layer in the same container.
         args = tuple(copy.copy(x) if dataclasses.is_dataclass(x) else x for x in args)
         again = self.situation() if self.situation is not None else nullcontext
 
@@ -56,14 +55,14 @@ class Recomputed:
 
 
 def recompute(module: nn.Module, situation: Situation | None = None) -> None:
-    """Switches a module to activation checkpointing, in place; names of parameters stay.
+    """Switches a module to activation checkpointing in place; parameter names stay the same.
 
     Args:
-        module: whose `forward` takes positional arguments.
-        situation: where the forward pass depends on more than its arguments.
+        module: its `forward` takes positional arguments.
+        situation: restores other inputs of the forward pass, if it has any.
     """
-    # The class, not a `forward` of the instance: that one would go on to call the original in a
-    # copy of the model.
+    # Changing the class instead of the instance's `forward` keeps copies of the model correct: a
+    # bound method would call the original module.
     module.__class__ = _recomputed(type(module))
     module.situation = situation
 

@@ -23,12 +23,12 @@ from .position_encoding import cell_mask, valid_cells
 
 @dataclass
 class MultiScaleMemory:
-    """Feature maps in one sequence, level by level, row by row.
+    """Feature maps as one sequence, level by level, row by row.
 
     Attributes:
         values: (B, T, C).
         shapes_hw: rows and columns of each level.
-        valid: (B, T) bool, False on padding; None where nothing is padded.
+        valid: (B, T) bool, False on padding; None without padding.
         valid_ratios: (B, L, 2) shares of columns and rows that belong to the image.
         whwh: (B, 4) sizes of the unpadded images.
     """
@@ -41,13 +41,13 @@ class MultiScaleMemory:
 
     @cached_property
     def extents(self) -> Tensor:
-        """(L, 2) columns and rows of each level, copied to the device once."""
+        """Columns and rows of each level, (L, 2), copied to the device once."""
         extents = torch.tensor([(w, h) for h, w in self.shapes_hw], dtype=self.whwh.dtype)
         return extents.to(self.whwh.device, non_blocking=True)
 
 
 def flatten_maps(maps: Sequence[Tensor], sizes: ImageSizes) -> MultiScaleMemory:
-    """One sequence of all levels' (B, C, H_l, W_l)."""
+    """Flattens the maps (B, C, H_l, W_l) of all levels into one sequence."""
     shapes = tuple((x.shape[-2], x.shape[-1]) for x in maps)
     device = maps[0].device
     masks, ratios = [], []
@@ -65,7 +65,7 @@ def flatten_maps(maps: Sequence[Tensor], sizes: ImageSizes) -> MultiScaleMemory:
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at a few points a head and level around its reference."""
+    """Attention of each query to P points a head and level around its reference."""
 
     def __init__(
         self, *, dim: int, num_heads: int = 8, num_levels: int = 4, num_points: int = 4
@@ -78,7 +78,7 @@ class DeformableAttention(nn.Module):
             num_points: P.
 
         Raises:
-            ValueError: `dim` cannot be cut into `num_heads`.
+            ValueError: `num_heads` does not divide `dim`.
         """
         super().__init__()
         check_heads(dim, num_heads)
@@ -91,7 +91,8 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Heads start looking in different directions, points at growing distances, all equally."""
+        """Initializes the offsets: each head in another direction, points at increasing distances,
+        all with equal weights."""
         angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         direction = torch.stack((angle.cos(), angle.sin()), dim=-1)
         direction = direction / direction.abs().amax(dim=-1, keepdim=True)  # on a square
@@ -107,12 +108,13 @@ class DeformableAttention(nn.Module):
         nn.init.xavier_uniform_(self.out_proj.weight)
 
     def forward(self, query: Tensor, reference: Tensor, memory: MultiScaleMemory) -> Tensor:
-        """
+        """Samples the memory around the reference of each query.
+
         Args:
             query: (B, N, C).
             reference: (B, N, L, 2) points or (B, N, L, 4) boxes cxcywh, in shares of the *padded*
                 map of each level.
-            memory: what is looked at.
+            memory: all levels.
 
         Returns:
             (B, N, C).
@@ -126,7 +128,7 @@ class DeformableAttention(nn.Module):
         return self.out_proj(sample_levels(value, memory.shapes_hw, points, weights))
 
     def _points(self, query: Tensor, reference: Tensor, extents: Tensor) -> Tensor:
-        """(B, N, H, L, P, 2) in shares of the padded maps."""
+        """Returns sampling points (B, N, H, L, P, 2) in shares of the padded maps."""
         offsets = self.offsets(query).view(
             *query.shape[:2], self.num_heads, self.num_levels, self.num_points, 2
         )
@@ -134,14 +136,14 @@ class DeformableAttention(nn.Module):
         reference = reference[:, :, None, :, None]
         if reference.shape[-1] == 2:
             return reference + offsets / extents[:, None]
-        # Half a box at P times the unit offset.
+        # An offset of P units is half a box side.
         return reference[..., :2] + offsets / self.num_points * reference[..., 2:] / 2
 
 
 def sample_levels(
     value: Tensor, shapes_hw: Sequence[tuple[int, int]], points: Tensor, weights: Tensor
 ) -> Tensor:
-    """Weighted bilinear samples of all levels; zeros outside of the maps.
+    """Sums weighted bilinear samples of all levels; samples outside of the maps are zero.
 
     Args:
         value: (B, T, C).
@@ -159,9 +161,9 @@ def sample_levels(
     sampled = None
     levels = per_head.split([h * w for h, w in shapes_hw], dim=-1)
     for i, (level, hw) in enumerate(zip(levels, shapes_hw, strict=True)):
-        found = F.grid_sample(
+        samples = F.grid_sample(
             level.unflatten(-1, hw), grid[:, :, i].to(level.dtype), align_corners=False
         )  # (B H, D, N, P)
-        part = (found * weights[:, :, :, i].to(found.dtype)).sum(dim=-1)
+        part = (samples * weights[:, :, :, i].to(samples.dtype)).sum(dim=-1)
         sampled = part if sampled is None else sampled + part
     return sampled.view(batch, -1, count).transpose(1, 2)

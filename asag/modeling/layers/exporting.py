@@ -1,4 +1,4 @@
-"""Detection of an export in progress, for modules that compute differently then."""
+"""Detection of an export in progress, for modules that then compute differently."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import torch
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` is recording: tensors then hold no numbers, nothing may be kept for
-    later calls, and the device that will run the graph is not the one at hand."""
-    asked = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
-    return asked is not None and asked()
+    """Returns True while `torch.export` records a graph.
+
+    Tensors then hold no values, results must not be cached, and the device of the tensors is not
+    the one that will run the graph.
+    """
+    query = getattr(torch.compiler, "is_exporting", None)  # since torch 2.7
+    return query is not None and query()

@@ -16,13 +16,14 @@ def make_activation(name: str) -> nn.Module:
 
 
 class Residual(nn.Module):
-    """LN(x + f(x)) (Vaswani et al., 2017), or x + f(LN(x)) with `pre_norm`."""
+    """Residual connection with norm: LN(x + f(x)) (Vaswani et al., 2017), or x + f(LN(x)) with
+    `pre_norm`."""
 
     def __init__(self, *, dim: int, dropout: float = 0.0, pre_norm: bool = False) -> None:
         """
         Args:
             dim: channels of x, (..., dim).
-            dropout: rate on f's output while training.
+            dropout: rate on the output of f.
             pre_norm: norm in front of f instead of behind the sum.
         """
         super().__init__()
@@ -31,14 +32,14 @@ class Residual(nn.Module):
         self.pre_norm = pre_norm
 
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """Adds `sublayer`, a function of x that keeps its shape."""
+        """Adds `sublayer(x)`, which has the shape of x."""
         if self.pre_norm:
             return x + self.dropout(sublayer(self.norm(x)))
         return self.norm(x + self.dropout(sublayer(x)))
 
 
 class FeedForward(nn.Module):
-    """Residual two-layer network, (..., C) -> (..., C): LN(x + W2 act(W1 x)), or
+    """Two-layer network with residual connection, (..., C) -> (..., C): LN(x + W2 act(W1 x)), or
     x + W2 act(W1 LN(x)) with `pre_norm`."""
 
     def __init__(
@@ -70,7 +71,7 @@ class FeedForward(nn.Module):
 
 
 def make_mlp(dim: int, out_dim: int, depth: int) -> nn.Sequential:
-    """`depth` linear layers with ReLU between them, inner width `dim`."""
+    """Builds `depth` linear layers with ReLU between them and inner width `dim`."""
     layers: list[nn.Module] = []
     for _ in range(depth - 1):
         layers += [nn.Linear(dim, dim), nn.ReLU()]
@@ -78,7 +79,7 @@ def make_mlp(dim: int, out_dim: int, depth: int) -> nn.Sequential:
 
 
 def make_tower(dim: int, depth: int, activation: str = "relu") -> nn.Sequential:
-    """`depth` times [linear without bias, LayerNorm, activation], width `dim`."""
+    """Builds `depth` times [linear without bias, LayerNorm, activation] of width `dim`."""
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [nn.Linear(dim, dim, bias=False), nn.LayerNorm(dim), make_activation(activation)]

@@ -1,4 +1,4 @@
-"""How much a matched pair counts: by the object's size, and by how good the prediction is.
+"""Weights of matched pairs by the size of the object and the quality of the prediction.
 
 ASAG (Fu et al., ICCV 2023), Section 3.4, Eqs. 1-3, and the authors' code.
 """
@@ -25,13 +25,12 @@ _BOTTOM = _sigmoid(-_SLOPE * _SHIFT) / _TOP
 
 
 def weigh_area(share: Tensor, strength: float, large: bool = False) -> Tensor:
-    """Weight of an object by the share of the image or patch that it covers, 0 to 1 (not in the
-    paper; in the authors' code).
+    """Returns the weight of objects by their size (not in the paper; in the authors' code).
 
     Args:
-        share: any shape.
-        strength: weight of a vanishing object, falling to 1 with the square root of the share.
-        large: the other way round, 1 for a vanishing object.
+        share: share of the image or patch that each object covers, 0 to 1, any shape.
+        strength: weight of an object of size zero; falls to 1 with the square root of the share.
+        large: the reverse, 1 for an object of size zero.
 
     Returns:
         Weights of the same shape.
@@ -42,7 +41,7 @@ def weigh_area(share: Tensor, strength: float, large: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class QueryWeights:
-    """Weights of matched queries by score p and IoU u, without gradient.
+    """Query Weighting: weights of matched queries by score p and IoU u, without gradient.
 
     Attributes:
         score_exponent: gamma1 of p.
@@ -54,18 +53,18 @@ class QueryWeights:
 
     @torch.no_grad()
     def positive(self, score: Tensor, iou: Tensor) -> Tensor:
-        """w_pos of Eq. 1: how good the pair is, about 0.19 to 1."""
+        """Returns w_pos of Eq. 1, about 0.19 to 1: high for a good score and box."""
         return _normalize(score**self.score_exponent * iou**self.iou_exponent)
 
     @torch.no_grad()
     def negative(self, score: Tensor, iou: Tensor) -> Tensor:
-        """w_neg of Eqs. 2 and 3: how sure a badly placed query is of itself, 0 to about 0.81."""
+        """Returns w_neg of Eqs. 2 and 3, 0 to about 0.81: high for a good score with a bad box."""
         badness = negative_probability(iou**self.iou_exponent)
         return _normalize(score**self.score_exponent * badness) - _BOTTOM
 
 
 def negative_probability(x: Tensor) -> Tensor:
-    """P_neg of Eq. 3: 1 below one half, then falling to 0 at 1."""
+    """Returns P_neg of Eq. 3: 1 below one half, falling to 0 at 1."""
     return torch.where(x < 0.5, torch.ones_like(x), (1 - x.square()) / 0.75)
 
 
@@ -74,7 +73,7 @@ def _normalize(x: Tensor) -> Tensor:
 
 
 def mean_over_workers(count: Tensor) -> Tensor:
-    """Mean of a count over all training processes, at least one, so that it can divide."""
+    """Returns the mean of a count over all processes, at least one, as a divisor."""
     if comm.get_world_size() > 1:
         count = count.clone()
         torch.distributed.all_reduce(count)

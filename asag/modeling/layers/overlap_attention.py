@@ -1,4 +1,4 @@
-"""Self-attention that knows which boxes lie inside which (AdaMixer, Section 3.3, Eq. 7).
+"""Self-attention with a bias by the overlap of boxes (AdaMixer, Section 3.3, Eq. 7).
 
 B images, N queries, C channels, H heads, D = C / H channels of one head.
 """
@@ -18,14 +18,14 @@ MAX_TAU = 4.0
 
 
 def overlap_with_query(boxes_xyxy: Tensor) -> Tensor:
-    """(B, N, N): the share of box i (row) that box j (column) covers; no gradient."""
+    """Returns the share of box i (row) that box j (column) covers, (B, N, N), without gradient."""
     boxes = at_least_float32(boxes_xyxy.detach())
     intersection, _ = intersection_and_union(boxes[:, :, None], boxes[:, None])
     return intersection / box_area(boxes).clamp(min=1e-6)[..., None]
 
 
 class OverlapSelfAttention(SelfAttention):
-    """Multi-head self-attention with the bias tau_h * log(overlap), tau learned for each head."""
+    """Multi-head self-attention with the bias tau_h * log(overlap), tau_h learned for each head."""
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
@@ -34,7 +34,7 @@ class OverlapSelfAttention(SelfAttention):
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, boxes_xyxy: Tensor, valid: Tensor | None
     ) -> Tensor:
-        """Mixes values (B, H, N, D)."""
+        """Mixes values (B, H, N, D) by softmax(q k^T / sqrt(D) + bias)."""
         overlap = overlap_with_query(boxes_xyxy)[:, None]  # (B, 1, N, N)
         bias = self.tau[:, None, None] * (overlap + EPS).log()
         if valid is not None:
@@ -46,9 +46,9 @@ class OverlapSelfAttention(SelfAttention):
 
 
 class PositionedSelfAttention(nn.Module):
-    """Adds the position of each box to its query, attends, adds, normalizes.
+    """Overlap self-attention with position embedding, residual connection and norm.
 
-    The residual carries the position as well, so that all that follows knows where it looks.
+    The residual includes the position embedding, so that all following layers receive it.
     """
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
@@ -60,12 +60,13 @@ class PositionedSelfAttention(nn.Module):
     def forward(
         self, content: Tensor, xyzr: Tensor, boxes_xyxy: Tensor, valid: Tensor | None
     ) -> Tensor:
-        """
+        """Attends to the queries of the same image.
+
         Args:
             content: (B, N, C).
             xyzr: (B, N, 4) the boxes in AdaMixer's coordinates.
             boxes_xyxy: (B, N, 4) the same boxes in pixels.
-            valid: (B, N) or (B, N, N) bool, or None where every query is real.
+            valid: (B, N) or (B, N, N) bool; None if all queries are valid.
 
         Returns:
             (B, N, C).

@@ -1,4 +1,4 @@
-"""Sine embeddings of positions: cells of a feature map and reference points (DETR, supplement A.4).
+"""Sine embeddings of the cells of a feature map and of reference points (DETR, supplement A.4).
 
 B images, H x W cells of a feature map, L = H * W, C channels. A coordinate pair becomes C numbers:
 C / 2 of y, then C / 2 of x, sine and cosine in turn, wavelengths in geometric progression.
@@ -18,7 +18,7 @@ from .boxes import at_least_float32
 from .exporting import is_exporting
 
 TEMPERATURE = 10000.0
-# Divides by the extent of the valid cells; without it a row of padding would divide by zero.
+# Added to the number of valid cells, which is zero in rows of padding.
 EPS = 1e-6
 
 
@@ -44,11 +44,11 @@ def sine_embedding(xy: Tensor, dim: int) -> Tensor:
 
 
 def cell_positions(valid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Positions (B, H, W, 2), x and y in (0, 1], of the cells of feature maps (B, H, W).
+    """Computes positions (B, H, W, 2), x and y in (0, 1], of the cells of feature maps (B, H, W).
 
-    A cell counts how many valid cells end with it, down its column and along its row, and divides
-    by their number, so that the last valid cell is at 1 whatever the padding. Padded cells get what
-    the same formula gives; nothing attends to them.
+    The position of a cell is the number of valid cells up to it in its row and column, divided by
+    their total, so that the last valid cell is at 1 for any padding. Padded cells get positions by
+    the same formula; nothing attends to them.
     """
     x = valid.cumsum(2, dtype=dtype)
     y = valid.cumsum(1, dtype=dtype)
@@ -58,15 +58,14 @@ def cell_positions(valid: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def valid_cells(
     sizes: ImageSizes, feature_hw: tuple[int, int], stride: int | None
 ) -> list[tuple[int, int]]:
-    """Rows and columns of a batch's feature map that belong to each image.
+    """Returns the rows and columns of a feature map that belong to each image.
 
     Args:
         sizes: of the images and of the padded batch.
         feature_hw: H, W.
-        stride: pixels a cell: every cell that begins inside of the image is valid, which is the
-            feature map that the image has by itself. None takes the pixel that a nearest-neighbor
-            resize of the pixel mask would take, as the authors of DETR do; the two differ where the
-            padded size is no multiple of the stride.
+        stride: pixels a cell. All cells that begin inside of the image are valid, as in the feature
+            map of the image alone. None resizes the pixel mask by nearest neighbor, as the authors
+            of DETR do; the two differ if the padded size is not a multiple of the stride.
     """
     if not sizes.any_padding:
         return [tuple(feature_hw)] * len(sizes)
@@ -75,7 +74,7 @@ def valid_cells(
             tuple(min(-(-side // stride), n) for side, n in zip(hw, feature_hw, strict=True))
             for hw in sizes.hw
         ]
-    # In float32, like the resize: the quotient of two sides need not be exact.
+    # In float32 like the resize, whose quotient of two sides may be inexact.
     pixels = [
         (torch.arange(n) * (torch.tensor(float(padded)) / n)).floor()
         for n, padded in zip(feature_hw, sizes.padded_hw, strict=True)
@@ -90,17 +89,17 @@ def cell_mask(
     feature_hw: tuple[int, int],
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """(B, H, W) bool, True on the first rows and columns of each image."""
+    """Returns a mask (B, H, W), True on the first rows and columns of each image."""
     count = torch.tensor(cells).to(device, non_blocking=True)
     rows, columns = (torch.arange(n, device=device) for n in feature_hw)
     return (rows < count[:, :1])[:, :, None] & (columns < count[:, 1:])[:, None]
 
 
 class FeaturePositions:
-    """Position embedding and validity of the cells of a feature map.
+    """Position embedding and mask of the cells of a feature map.
 
-    Without padding the embedding depends on the map's shape alone and is kept for the next image of
-    that shape; with padding it is kept for the next component that asks.
+    Results are cached: without padding for all maps of the same shape, with padding for the next
+    component that reads the same batch.
     """
 
     def __init__(self, *, dim: int, stride: int | None = None) -> None:
@@ -113,36 +112,37 @@ class FeaturePositions:
         self.stride = stride
 
     def __call__(self, features: Tensor, sizes: ImageSizes) -> tuple[Tensor, Tensor | None]:
-        """
+        """Computes position embedding and mask.
+
         Args:
-            features: (B, *, H, W), of which shape, dtype and device matter.
+            features: (B, *, H, W); only shape, dtype and device matter.
             sizes: of the B images.
 
         Returns:
-            embedding (1, L, C) or (B, L, C); and (B, L) bool, True on cells of the image, or None
-            where all are. At least one cell of every image is valid.
+            Embedding (1, L, C) or (B, L, C), and mask (B, L), True on cells of the image, or None
+            if all cells are valid. At least one cell of every image is valid.
         """
         hw = (features.shape[-2], features.shape[-1])
         options = (self.dim, features.dtype, features.device)
         cells = tuple(valid_cells(sizes, hw, self.stride)) if sizes.any_padding else ()
         if all(cell == hw for cell in cells):
-            if is_exporting():  # nothing to keep
+            if is_exporting():  # no caching
                 return embed_cells(cell_mask([hw], hw, features.device), *options[:2]), None
             return _unpadded(hw, *options), None
         return _padded(cells, hw, *options)
 
 
-# Kept across calls, so they must not be inference tensors: training may follow a validation.
+# Cached results must not be inference tensors, because training may use them after a validation.
 
 
 @lru_cache(maxsize=32)
 def _unpadded(hw: tuple[int, int], dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(1, L, C)."""
+    """Returns the embedding (1, L, C) of a map without padding."""
     with torch.inference_mode(False), torch.no_grad():
         return embed_cells(cell_mask([hw], hw, device), dim, dtype)
 
 
-@lru_cache(maxsize=1)  # encoder and decoder ask for the same
+@lru_cache(maxsize=1)  # encoder and decoder read the same batch
 def _padded(
     cells: tuple[tuple[int, int], ...],
     hw: tuple[int, int],
@@ -150,20 +150,20 @@ def _padded(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """(B, L, C) and (B, L) bool."""
+    """Returns embedding (B, L, C) and mask (B, L)."""
     with torch.inference_mode(False), torch.no_grad():
         valid = cell_mask(cells, hw, device)
         return embed_cells(valid, dim, dtype), valid.flatten(1)
 
 
 def embed_cells(valid: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """(B, H, W) bool -> (B, H * W, C) of `dtype`, computed in at least float32."""
+    """Embeds the cells of a mask (B, H, W) as (B, H * W, C), computed in at least float32."""
     positions = cell_positions(valid, torch.promote_types(dtype, torch.float32))
     return sine_embedding(positions, dim).flatten(1, 2).to(dtype)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logits of shares; both x and 1 - x are kept above `eps`, so that the result stays within
+    """Computes logits; x and 1 - x are clamped to at least `eps`, which bounds the result to
     +-11.5."""
     x = at_least_float32(x).clamp(0, 1)
     return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()

@@ -1,4 +1,4 @@
-"""RoIAlign over a feature pyramid: each box reads the level that fits its size (FPN, Lin et al.,
+"""RoIAlign over a feature pyramid, with the level assigned by the size of a box (FPN, Lin et al.,
 CVPR 2017, Eq. 1; Mask R-CNN, He et al., ICCV 2017).
 
 B images, N boxes an image, R = B * N, C channels, P pooled side, H_l x W_l cells of level l.
@@ -22,18 +22,18 @@ from .exporting import is_exporting
 
 CANONICAL_SIZE, CANONICAL_LEVEL = 224, 4
 
-# Epsilon of the level rule: torchvision's pooler, which goes with the legacy alignment, and
+# Epsilon of the level rule, in torchvision's pooler (used with the legacy alignment) and in
 # Detectron2's.
 LEVEL_EPS = {"ROIAlign": 1e-6, "ROIAlignV2": 1e-8}
 
 
 @dataclass
 class FlatPyramid:
-    """All cells of a pyramid as rows of one table, channels last.
+    """All cells of a feature pyramid as rows of one table, channels last.
 
     Attributes:
         table: (sum of B * H_l * W_l, C), level by level, image by image, row by row.
-        first: (L,) row at which each level starts.
+        first: (L,) first row of each level.
         height, width: (L,) cells of each level.
     """
 
@@ -44,7 +44,7 @@ class FlatPyramid:
 
     @classmethod
     def from_maps(cls, maps: Sequence[Tensor]) -> FlatPyramid:
-        """From one (B, C, H_l, W_l) map a level."""
+        """Creates the table from one map (B, C, H_l, W_l) a level."""
         rows = [x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps]
         device = maps[0].device
         count = torch.tensor([0, *(len(x) for x in rows[:-1])], device=device)
@@ -53,16 +53,16 @@ class FlatPyramid:
 
 
 class PyramidRoIAlign(nn.Module):
-    """Batched RoIAlign with the numbers of Detectron2's `ROIPooler`, without its loop that asks the
-    device, level by level, which boxes belong there (24 stalls of a GPU in six stages).
+    """Batched RoIAlign with the results of Detectron2's `ROIPooler`, but without its loop over the
+    levels, which synchronizes host and device (24 times in six stages).
 
     Two methods, both with static shapes and without synchronization:
 
-    - "kernel" (on a GPU): torchvision's kernel sees all boxes on every level. Those of other levels
+    - "kernel" (on a GPU): torchvision's kernel gets all boxes on every level. Boxes of other levels
       are moved out of the map, where the kernel returns zero at once, and the levels are summed.
     - "gather" (on a CPU): a pooled value is a weighted sum of a few cells, so pooling is a lookup
-      of weighted rows in one table of all levels. Its inner loops run along the channels, where
-      those of the CPU kernel run across them. `tools/benchmark_roi_align.py` compares the two.
+      of weighted rows in one table of all levels. Its inner loops run along the channels, those of
+      the CPU kernel across them. `tools/benchmark_roi_align.py` compares the two.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PyramidRoIAlign(nn.Module):
             output_size: P.
             sampling_ratio: samples a bin and direction, 1 or more: an adaptive number has no
                 static shape.
-            aligned: half-pixel correction (RoIAlign V2); False gives the legacy alignment.
+            aligned: half-pixel correction (ROIAlignV2); False is the legacy alignment.
             level_eps: added inside the logarithm of the level rule.
 
         Raises:
@@ -102,8 +102,8 @@ class PyramidRoIAlign(nn.Module):
         self.level_eps = level_eps
 
     def assign_levels(self, boxes_xyxy: Tensor) -> Tensor:
-        """(...) index into the pyramid of boxes (..., 4) in pixels; degenerate and NaN boxes read
-        the finest."""
+        """Returns the level index (...) of boxes (..., 4) in pixels; the finest for degenerate and
+        NaN boxes."""
         size = box_area(boxes_xyxy).clamp(min=0).sqrt()
         level = torch.floor(CANONICAL_LEVEL + torch.log2(size / CANONICAL_SIZE + self.level_eps))
         level = level.clamp(self.min_level, self.max_level).nan_to_num(self.min_level)
@@ -112,14 +112,17 @@ class PyramidRoIAlign(nn.Module):
     def prepare(
         self, features: Sequence[Tensor], method: str | None = None
     ) -> list[Tensor] | FlatPyramid:
-        """What all calls on the same features have in common; pass the result to `forward`.
+        """Prepares features that several calls of `forward` read.
 
         Args:
             features: one (B, C, H_l, W_l) map a level.
-            method: "kernel", "gather", or None: by device, and "kernel" for export, where it is an
-                operator of its own.
+            method: "kernel", "gather", or None: chosen by the device, and "kernel" in an export,
+                which has an operator for it.
+
+        Returns:
+            Features for `forward`.
         """
-        # RoIAlign works in at least float32; converted once, however many stages read it.
+        # RoIAlign works in at least float32; converted once for all stages.
         maps = [at_least_float32(x) for x in features]
         if method is None:
             on_cpu = maps[0].device.type == "cpu" and not is_exporting()
@@ -127,16 +130,17 @@ class PyramidRoIAlign(nn.Module):
         return maps if method == "kernel" else FlatPyramid.from_maps(maps)
 
     def forward(self, features: Sequence[Tensor] | FlatPyramid, boxes_xyxy: Tensor) -> Tensor:
-        """
+        """Pools the features of each box.
+
         Args:
-            features: one (B, C, H_l, W_l) map a level, or what `prepare` made of them.
+            features: one (B, C, H_l, W_l) map a level, or the result of `prepare`.
             boxes_xyxy: (B, N, 4) in pixels, not clipped to the image. No gradient flows to them.
 
         Returns:
             (R, C, P, P) in at least float32, images one after the other.
         """
         pyramid = features if isinstance(features, FlatPyramid) else self.prepare(features)
-        # Boxes are rounded to float32 whatever the features, as Detectron2's `Boxes` does.
+        # Boxes are rounded to float32 for any features, as Detectron2's `Boxes` does.
         boxes = boxes_xyxy.detach().float()
         batch, count = boxes.shape[:2]
         image = torch.arange(batch, device=boxes.device).repeat_interleave(count)
@@ -147,7 +151,7 @@ class PyramidRoIAlign(nn.Module):
 
     def _kernel(self, maps: list[Tensor], boxes: Tensor, level: Tensor, image: Tensor) -> Tensor:
         rois = torch.cat((image[:, None].to(boxes.dtype), boxes), dim=1)  # (R, 5)
-        # A box beyond the map samples zeros only: the kernel leaves before it reads anything.
+        # The kernel returns zeros for a box beyond the map without reading any cell.
         outside = torch.cat((rois[:, :1], torch.full_like(boxes, -1e6)), dim=1)
         return sum(
             roi_align(
@@ -180,7 +184,8 @@ class PyramidRoIAlign(nn.Module):
         return pooled.view(len(boxes), side, side, -1).permute(0, 3, 1, 2)
 
     def _taps(self, low: Tensor, high: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """Cells that the bins of an axis read, and their shares: each (R, P, T), T = 2 a sample.
+        """Computes the cells that the bins of an axis read, and their weights, (R, P, T) each with
+        T = 2 cells a sample.
 
         Args:
             low, high: (R,) ends of the boxes in cells.
@@ -194,10 +199,10 @@ class PyramidRoIAlign(nn.Module):
         bin_, sample = (
             torch.arange(n, dtype=low.dtype, device=low.device) for n in (bins, samples)
         )
-        # In the kernel's order of operations, so that rounding agrees with it: (R, P, samples).
+        # In the kernel's order of operations, for equal rounding: (R, P, samples).
         start = (low[:, None] + bin_ * step)[..., None]
         at = (start + ((sample + 0.5) * step / samples)[:, None]).flatten(1)
-        # Samples more than a cell beyond the map are zero, nearer ones read its border.
+        # Samples more than a cell beyond the map are zero; nearer ones read its border.
         inside = (at >= -1) & (at <= cells[:, None])
         last = (cells[:, None] - 1).to(at.dtype)
         at = torch.minimum(at.clamp(min=0), last).nan_to_num(0)
@@ -209,7 +214,7 @@ class PyramidRoIAlign(nn.Module):
 
 
 def build_pooler(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> PyramidRoIAlign:
-    """RoIAlign on the maps of `MODEL.ROI_HEADS.IN_FEATURES`, by `MODEL.ROI_BOX_HEAD.POOLER_*`."""
+    """Builds RoIAlign on `MODEL.ROI_HEADS.IN_FEATURES` by `MODEL.ROI_BOX_HEAD.POOLER_*`."""
     box_head = cfg.MODEL.ROI_BOX_HEAD
     return PyramidRoIAlign(
         strides=[input_shape[name].stride for name in cfg.MODEL.ROI_HEADS.IN_FEATURES],

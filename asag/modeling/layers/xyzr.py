@@ -21,7 +21,7 @@ CENTER_SCALE = 1000.0  # divides x and y before they are encoded
 
 
 def boxes_to_xyzr(boxes_xyxy: Tensor) -> Tensor:
-    """Corners in pixels -> (x, y, z, r), (..., 4) in at least float32."""
+    """Converts corners in pixels to (x, y, z, r), (..., 4) in at least float32."""
     x, y, w, h = (xyxy_to_cxcywh(at_least_float32(boxes_xyxy)) / UNIT).unbind(dim=-1)
     w, h = w.clamp(min=0), h.clamp(min=0)
     z = (w * h + EPS).log2() / 2
@@ -30,22 +30,22 @@ def boxes_to_xyzr(boxes_xyxy: Tensor) -> Tensor:
 
 
 def xyzr_to_boxes(xyzr: Tensor) -> Tensor:
-    """(x, y, z, r) -> corners in pixels, (..., 4)."""
+    """Converts (x, y, z, r) to corners in pixels, (..., 4)."""
     center, z, r = xyzr[..., :2], xyzr[..., 2], xyzr[..., 3]
     size = torch.stack(((z - r).exp2(), (z + r).exp2()), dim=-1)
     return cxcywh_to_xyxy(torch.cat((center, size), dim=-1)) * UNIT
 
 
 def move_xyzr(xyzr: Tensor, delta: Tensor) -> Tensor:
-    """Moves the center in units of the box's scale, and scale and aspect by addition."""
+    """Applies deltas to the center, in units of the box's scale, and to scale and aspect."""
     delta = at_least_float32(delta)
     center = xyzr[..., :2] + delta[..., :2] * xyzr[..., 2:3].exp2()
     return torch.cat((center, xyzr[..., 2:] + delta[..., 2:]), dim=-1)
 
 
 def encode_xyzr(xyzr: Tensor, dim: int) -> Tensor:
-    """Sine encoding, (..., 4) -> (..., dim): a quarter of the channels a coordinate, sine and
-    cosine interleaved."""
+    """Embeds coordinates (..., 4) as (..., dim), a quarter of the channels each, sine and cosine
+    interleaved."""
     features = dim // 4
     pair = torch.arange(features, device=xyzr.device, dtype=xyzr.dtype).div(
         2, rounding_mode="floor"
@@ -76,7 +76,7 @@ class XYZRPredictor(nn.Module):
             num_logits: classes K, or K + 1 with a background column.
             num_cls_layers, num_reg_layers: depth of the towers.
             activation: of the towers.
-            prior_prob: class probability at the start; None for softmax classifiers.
+            prior_prob: initial class probability; None for softmax classifiers.
         """
         super().__init__()
         self.cls_tower = make_tower(dim, num_cls_layers, activation)
@@ -87,7 +87,7 @@ class XYZRPredictor(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier for matrices; boxes start where they come from."""
+        """Initializes the parameters; predicted boxes start equal to the input boxes."""
         xavier_init_matrices(self)
         nn.init.zeros_(self.box_deltas.weight)
         nn.init.zeros_(self.box_deltas.bias)
@@ -95,7 +95,8 @@ class XYZRPredictor(nn.Module):
             nn.init.constant_(self.class_logits.bias, prior_bias(self.prior_prob))
 
     def forward(self, query: Tensor, xyzr: Tensor) -> tuple[Tensor, Tensor]:
-        """
+        """Predicts classes and refined boxes.
+
         Args:
             query: (B, N, C).
             xyzr: (B, N, 4) boxes to refine.
@@ -109,7 +110,7 @@ class XYZRPredictor(nn.Module):
 
 
 def scale_of(xyzr: Tensor) -> tuple[Tensor, Tensor]:
-    """Center and size in pixels of (..., 4), each (..., 2)."""
+    """Returns center and size in pixels, (..., 2) each, of (x, y, z, r) (..., 4)."""
     z, r = xyzr[..., 2], xyzr[..., 3]
     size = torch.stack(((z - r).exp2(), (z + r).exp2()), dim=-1)
     return xyzr[..., :2] * UNIT, size * UNIT

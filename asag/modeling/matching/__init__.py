@@ -1,4 +1,4 @@
-"""Matchers: which query answers for which object."""
+"""Matchers: assignment of queries to ground truth."""
 
 from ..registry import MATCHER_REGISTRY, build_matcher
 from .cost import MatchingCost

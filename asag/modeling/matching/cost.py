@@ -1,8 +1,7 @@
-"""The cost of letting a prediction answer for an object (Sparse R-CNN, Section 3.4; DETR, Section
-3.1).
+"""Matching cost of predictions and ground truth (Sparse R-CNN, Section 3.4; DETR, Section 3.1).
 
 B images, N queries, S stages, K classes, M padded ground truths. Every cost is computed in float32
-(or float64 when the boxes are) for all stages and images in one go.
+(float64 if the boxes are) for all stages and images at once.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ EPS = 1e-8  # inside the logarithms of the focal cost, as in the authors' implem
 
 
 def focal_cost(logits: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Focal loss as a positive minus focal loss as a negative, element by element."""
+    """Computes the focal loss as a positive minus that as a negative, elementwise."""
     prob = logits.sigmoid()
     positive = alpha * (1 - prob) ** gamma * -(prob + EPS).log()
     negative = (1 - alpha) * prob**gamma * -(1 - prob + EPS).log()
@@ -37,10 +36,10 @@ class MatchingCost:
         l1_weight: weight of the L1 distance of boxes normalized by the image size.
         giou_weight: weight of the negative GIoU.
         class_cost: "focal" (sigmoid, one column a class) or "softmax" (negative probability).
-        box_format: format in which the L1 distance is taken, "xyxy" or "cxcywh".
+        box_format: box format of the L1 distance, "xyxy" or "cxcywh".
         alpha, gamma: parameters of the focal cost.
-        area_weight: factor of the costs of a vanishing object, falling to 1 for one as large as the
-            image (see `layers.loss_weights`); 1 is off.
+        area_weight: factor of the costs of an object of size zero, falling to 1 for one as large as
+            the image (see `weigh_area`); 1 is off.
     """
 
     class_weight: float = 2.0
@@ -54,7 +53,7 @@ class MatchingCost:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> MatchingCost:
-        """Reads MODEL.MATCHER.*_COST and what matching shares with the loss from
+        """Reads MODEL.MATCHER.*_COST, and the parameters shared with the loss from
         MODEL.CRITERION."""
         return cls(
             class_weight=cfg.MODEL.MATCHER.CLASS_COST,
@@ -68,7 +67,7 @@ class MatchingCost:
         )
 
     def classification(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Unweighted class cost (S, B, N, M) of logits (S, B, N, K) for labels (B, M)."""
+        """Computes the unweighted class cost (S, B, N, M) of logits (S, B, N, K), labels (B, M)."""
         logits = at_least_float32(logits)
         if self.class_cost == "softmax":
             logits = logits.softmax(dim=-1)
@@ -79,21 +78,21 @@ class MatchingCost:
         return focal_cost(chosen, self.alpha, self.gamma)
 
     def l1(self, boxes_xyxy: Tensor, targets: Targets) -> Tensor:
-        """Unweighted L1 cost (S, B, N, M) of boxes divided by the size of their image."""
+        """Computes the unweighted L1 cost (S, B, N, M) of boxes divided by the image size."""
         scale = targets.image_whwh[:, None]
         boxes, gt = boxes_xyxy / scale, targets.boxes_xyxy / scale
         if self.box_format == "cxcywh":
             boxes, gt = xyxy_to_cxcywh(boxes), xyxy_to_cxcywh(gt)
-        # One (S, B, N, M) plane a coordinate: never materializes (S, B, N, M, 4).
+        # Coordinate by coordinate, without a tensor (S, B, N, M, 4).
         return sum((boxes[..., :, None, i] - gt[:, None, :, i]).abs() for i in range(4))
 
     def giou(self, boxes_xyxy: Tensor, targets: Targets) -> Tensor:
-        """Generalized IoU (S, B, N, M) of every pair."""
+        """Computes the generalized IoU (S, B, N, M) of all pairs."""
         return box_giou(boxes_xyxy[..., :, None, :], targets.boxes_xyxy[:, None])
 
     @torch.no_grad()
     def __call__(self, predictions: Predictions, targets: Targets) -> Tensor:
-        """(S, B, N, M) cost; columns of padded ground truths hold finite but meaningless values."""
+        """Computes the cost (S, B, N, M); columns of padding hold finite but meaningless values."""
         boxes = at_least_float32(predictions.boxes_xyxy)
         cost = (
             self.class_weight * self.classification(predictions.logits, targets.labels)

@@ -1,11 +1,11 @@
-"""How many predictions each object may claim: dynamic k, unit increase and the cap on positives.
+"""Number of positive predictions of each object: dynamic k, unit increase, cap on positives.
 
 Dynamic Sparse R-CNN (Hong et al., CVPR 2022), Section 3.2: every ground truth supplies k units of
 positive labels, estimated from the IoU of the predictions (after OTA, Ge et al., CVPR 2021); early
 stages supply fewer (Eq. 2); at least a fifth of the predictions stays negative.
 
-S stages, B images, M padded ground truths, N predictions. Units are float32 tensors because a
-crowded image or `rounding="none"` makes them fractional; everything else is whole numbers.
+S stages, B images, M padded ground truths, N predictions. Units are float32 because crowded images
+and `rounding="none"` make them fractional.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Float32 noise around whole numbers. Quotients of whole numbers below a few thousand stay further
-# than this from the next whole number, so flooring after adding it is exact.
+# Rounding error around whole numbers in float32. Quotients of whole numbers below a few thousand
+# differ more than this from the next whole number, so flooring after adding it is exact.
 ROUNDING_SLACK = 1e-5
 
 
 def iou_units(iou: Tensor, q: int) -> Tensor:
-    """Dynamic k: the sum of the q largest IoUs of a ground truth, floored, at least one.
+    """Computes dynamic k: the sum of the q largest IoUs of a ground truth, floored, at least one.
 
     Args:
         iou: (..., M, N), zero for padded predictions.
-        q: how many predictions vote.
+        q: number of predictions in the sum.
 
     Returns:
         (..., M) float, whole numbers in 1..max(q, 1).
@@ -35,15 +35,15 @@ def iou_units(iou: Tensor, q: int) -> Tensor:
 
 
 def grow_units(units: Tensor, *, step: float, rounding: str) -> Tensor:
-    """Unit increase (Eq. 2): k - step * (T - t) in stage t = 1..T, T = S.
+    """Applies the unit increase (Eq. 2): k - step * (T - t) in stage t = 1..T, T = S.
 
-    The equation can yield zero, negative and half units, on which the paper is silent: supplies
-    are kept at one or more and then rounded.
+    The equation can yield zero, negative and fractional units, which the paper does not discuss:
+    units are clamped to at least one and then rounded.
 
     Args:
         units: (S, B, M).
-        step: units gained from one stage to the next.
-        rounding: "floor", "round" (halves upwards) or "none" (the equation to the letter).
+        step: increase from one stage to the next.
+        rounding: "floor", "round" (halves up) or "none".
     """
     stages = units.shape[0]
     missing = step * torch.arange(stages - 1, -1, -1, device=units.device, dtype=units.dtype)
@@ -64,20 +64,20 @@ def cap_units(
     largest: int,
     whole: bool = True,
 ) -> Tensor:
-    """Shrinks the units of overfull images so that at most `cap` of the predictions are positive.
+    """Reduces the units of crowded images so that at most a share `cap` of the predictions is
+    positive.
 
-    All ground truths shrink by one factor (Section 3.2). Whole units are then floored, keep at
-    least one, and what still exceeds the limit is taken from the largest, one unit at a time.
-    Images with more ground truths than permitted positives share the limit equally, less than one
-    unit each.
+    All ground truths are scaled by one factor (Section 3.2). Whole units are then floored to at
+    least one, and the remaining excess is taken from the largest, one unit at a time. Images with
+    more objects than allowed positives share the limit equally, less than one unit each.
 
     Args:
         units: (..., M), at least one where present.
         present: (..., M) bool, False on padding.
-        num_predictions: (...) real predictions of each problem.
+        num_predictions: (...) valid predictions of each problem.
         cap: largest share of positives, in (0, 1].
         largest: upper bound of `units`, known on the host.
-        whole: keep units whole; False leaves them as the common factor makes them.
+        whole: keep units whole; False allows fractions.
 
     Returns:
         (..., M), zero on padding; the sum never exceeds `cap * num_predictions`.
@@ -97,10 +97,11 @@ def cap_units(
 
 
 def take_from_largest(units: Tensor, limit: Tensor, largest: int) -> Tensor:
-    """Takes single units from the largest entry (the first of equals) until the sum fits.
+    """Takes single units from the largest entry (the first of equals) until the sum is at most
+    `limit`.
 
-    Done for all problems at once: whatever the order, the outcome is a level that nothing exceeds,
-    save that the last few entries above it keep one unit more.
+    All problems are solved at once: the result is a common upper bound, which only the last few
+    entries above it exceed, by one unit.
 
     Args:
         units: (..., M) whole numbers in 0..largest.
@@ -119,13 +120,13 @@ def take_from_largest(units: Tensor, limit: Tensor, largest: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPolicy:
-    """Supplies of every ground truth in every stage.
+    """Computes the units of every ground truth in every stage.
 
     Attributes:
-        q: predictions that vote on k (paper: best AP with 8).
-        fixed_k: units of every ground truth instead of the vote; 0 lets IoU decide.
+        q: predictions whose IoUs are summed (paper: best AP with 8).
+        fixed_k: fixed number of units of every ground truth; 0 is dynamic k.
         unit_increase: apply Eq. 2.
-        unit_step: its step per stage (paper: 0.5).
+        unit_step: increase per stage (paper: 0.5).
         unit_rounding: "floor", "round" or "none".
         cap: largest share of positive predictions (paper: 0.8).
     """
@@ -140,13 +141,13 @@ class UnitPolicy:
     def __call__(
         self, iou: Tensor | None, present: Tensor, num_predictions: Tensor, num_stages: int
     ) -> Tensor:
-        """Supplies (S, B, M), float32.
+        """Returns the units (S, B, M), float32.
 
         Args:
-            iou: (S, B, M, N) of ground truths and the boxes each stage predicts, zero for padded
-                predictions; not looked at (None) with `fixed_k`.
-            present: (B, M) bool, real ground truths.
-            num_predictions: (B,) real predictions.
+            iou: (S, B, M, N) of ground truth and predicted boxes, zero for padded predictions; not
+                used (None) with `fixed_k`.
+            present: (B, M) bool, False on padding.
+            num_predictions: (B,) valid predictions.
             num_stages: S.
         """
         if self.fixed_k:

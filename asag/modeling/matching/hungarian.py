@@ -1,4 +1,4 @@
-"""One-to-one matching of minimum total cost (Hungarian), for all stages and images of a step.
+"""One-to-one matching of minimum total cost (Hungarian) for all stages and images.
 
 B images, N queries, S stages, M padded ground truths.
 """
@@ -17,16 +17,16 @@ from .cost import MatchingCost
 
 
 class NonFiniteCostError(FloatingPointError):
-    """A matching cost is NaN or infinite: the model diverged or its input did."""
+    """A matching cost is NaN or infinite because the model diverged or its input is not finite."""
 
 
 @MATCHER_REGISTRY.register()
 class HungarianMatcher(nn.Module):
-    """Every object gets exactly one query (as far as there are queries), every query at most one
-    object.
+    """Matches every object to exactly one query, if there are enough queries, and every query to at
+    most one object.
 
-    The costs of a training step cross from device to host in a single copy; the small assignment
-    problems are then solved exactly by scipy.
+    The costs of a training step are copied from device to host at once; SciPy then solves the small
+    assignment problems exactly.
     """
 
     @configurable
@@ -40,16 +40,16 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, predictions: Predictions, targets: Targets) -> Tensor:
-        """Assignment (S, B, N) int64 on the predictions' device, -1 for background.
+        """Returns the assignment (S, B, N), int64, on the predictions' device; -1 is background.
 
         Raises:
-            NonFiniteCostError: a cost is NaN or infinite; the message names stage and image.
+            NonFiniteCostError: a cost is NaN or infinite. The message names stage and image.
         """
         cost = self.cost(predictions, targets)
         usable = predictions.valid
         if max(targets.counts) == 0:
             return torch.full(cost.shape[:3], -1, dtype=torch.long, device=cost.device)
-        # The validity of queries travels with the costs, as one more column.
+        # The mask of valid queries is copied together with the costs, as one more column.
         column = usable[None, :, :, None].expand(*cost.shape[:3], 1).to(cost.dtype)
         host = torch.cat((cost, column), dim=-1).cpu().numpy()
         assignment = solve_assignment(host[..., :-1], host[0, ..., -1] > 0, targets.counts)
@@ -57,15 +57,15 @@ class HungarianMatcher(nn.Module):
 
 
 def solve_assignment(cost: np.ndarray, usable: np.ndarray, counts: tuple[int, ...]) -> np.ndarray:
-    """Minimum-cost assignment of each stage and image.
+    """Solves the assignment problem of each stage and image.
 
     Args:
         cost: (S, B, N, M) float.
         usable: (B, N) bool, False for padded queries.
-        counts: real ground truths of each image, the first `counts[b]` columns.
+        counts: objects of each image, the first `counts[b]` columns.
 
     Returns:
-        (S, B, N) int64, index of the ground truth or -1.
+        (S, B, N) int64 index of the ground truth, or -1.
 
     Raises:
         NonFiniteCostError: see `HungarianMatcher.forward`.

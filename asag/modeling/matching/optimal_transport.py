@@ -1,7 +1,7 @@
 """Dynamic label assignment of Dynamic Sparse R-CNN (Hong et al., CVPR 2022, Section 3.2).
 
-Every ground truth supplies some units of positive labels, every prediction takes one label, the
-background supplies the rest; an optimal transport plan hands them out at the least cost (Eq. 1).
+Every ground truth supplies some units of positive labels, the background supplies the others, and
+every prediction takes one label; the optimal transport plan has the least total cost (Eq. 1).
 
 S stages, B images, N queries, M padded ground truths, P = S * B problems.
 """
@@ -25,15 +25,15 @@ from .transport import SinkhornTransport, Transport, exact_transport
 
 @MATCHER_REGISTRY.register()
 class OptimalTransportMatcher(nn.Module):
-    """Several queries an object: as many as its predictions' IoU deserves, chosen jointly at least
-    cost.
+    """Matches several queries to an object: their number depends on the IoUs of its predictions,
+    and they are chosen jointly at the least cost.
 
-    All stages and images are solved together. `sinkhorn` never waits for the device; `exact`
-    copies the costs to the host once and is the faster one on a CPU.
+    All stages and images are solved together. The Sinkhorn solver needs no synchronization; the
+    exact solver copies the costs to the host once and is faster on a CPU.
 
-    The class cost of a positive minus that of the background is what `MatchingCost` computes, so
-    both matchers share one cost, and the background's is zero. In softmax mode the class cost
-    is the negative probability, an approximation of that difference.
+    `MatchingCost` computes the class cost of a positive minus that of the background, so both
+    matchers share one cost, and the background has cost zero. In softmax mode the class cost is the
+    negative probability, an approximation of that difference.
 
     Attributes:
         metrics: scalars of the latest call on its device: `ot_units_per_object` (mean supply),
@@ -53,9 +53,9 @@ class OptimalTransportMatcher(nn.Module):
         """
         Args:
             cost: of a pair of prediction and ground truth, relative to the background.
-            units: how much every ground truth supplies; None takes the paper's settings.
-            solver: "exact", "sinkhorn", or "auto": exact on the CPU, sinkhorn elsewhere.
-            sinkhorn: settings of the iterations; None takes the defaults.
+            units: number of units of every ground truth; None uses the paper's settings.
+            solver: "exact", "sinkhorn", or "auto": exact on a CPU, sinkhorn elsewhere.
+            sinkhorn: settings of the iterations; None uses the defaults.
         """
         super().__init__()
         self.cost = cost
@@ -92,7 +92,7 @@ class OptimalTransportMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, predictions: Predictions, targets: Targets) -> Tensor:
-        """Assignment (S, B, N) int64 on the predictions' device, -1 for background."""
+        """Returns the assignment (S, B, N), int64, on the predictions' device; -1 is background."""
         if max(targets.counts) == 0:
             zero = torch.zeros((), device=predictions.boxes_xyxy.device)
             self._record(zero, zero, zero)
@@ -113,7 +113,7 @@ class OptimalTransportMatcher(nn.Module):
         return result.assignment.unflatten(0, supply.shape[:2])
 
     def supplies(self, predictions: Predictions, targets: Targets) -> Tensor:
-        """Units of every ground truth in every stage, (S, B, M) float32, zero on padding."""
+        """Returns the units of every ground truth and stage, (S, B, M) float32, zero on padding."""
         iou = None
         if not self.units.fixed_k:
             boxes = at_least_float32(predictions.boxes_xyxy)
@@ -136,12 +136,12 @@ class OptimalTransportMatcher(nn.Module):
 def transport_cost(
     cost: MatchingCost, *, alpha: float = 1.0, regression: tuple[str, ...] = ("l1", "giou")
 ) -> MatchingCost:
-    """The cost of Eq. 1: class cost + alpha * regression cost.
+    """Returns the cost of Eq. 1: class cost + alpha * regression cost.
 
     Args:
-        cost: the weights that Hungarian matching would use.
-        alpha: weight of the regression terms (never given in the paper; 1 keeps their balance).
-        regression: which terms count, of "l1" and "giou" (Table 3, "two losses", is both).
+        cost: weights of Hungarian matching.
+        alpha: weight of the regression terms (not given in the paper; 1 keeps their balance).
+        regression: terms in use, of "l1" and "giou" (Table 3, "two losses", is both).
     """
     return replace(
         cost,

@@ -1,16 +1,16 @@
-"""Batched optimal transport of predictions to ground truths, exact and by Sinkhorn iterations.
+"""Batched optimal transport from ground truth to predictions, exact and by Sinkhorn iterations.
 
 A problem has M suppliers (ground truths), each with a number of units, and N demanders
-(predictions) that take one unit each; the background supplies what is left. Costs are relative to
-the background's: entry (i, j) is the cost of label i minus the cost of the background label for
-prediction j, and the background row is zero. Every marginal is fixed, so this subtraction leaves
-the optimal plan as it is (Dynamic Sparse R-CNN, Eq. 1).
+(predictions) that take one unit each; the background supplies the remaining units. Costs are
+relative to the background's: entry (i, j) is the cost of label i minus the cost of the background
+label for prediction j, and the background row is zero. All marginals are fixed, so this subtraction
+does not change the optimal plan (Dynamic Sparse R-CNN, Eq. 1).
 
 P problems (stages x images), M ground truths, R = M + 1 rows with the background first, N columns.
 
-Supplies may be fractional. A prediction needs one label, not a mixture, so then the answer is the
-cheapest assignment in which row i gets floor(s_i) or ceil(s_i) predictions and floor(sum of s)
-predictions are positive; for whole supplies that is the transport optimum itself.
+Supplies may be fractional, but a prediction takes one label. The solution is then the cheapest
+assignment in which row i gets floor(s_i) or ceil(s_i) predictions and floor(sum of s) predictions
+are positive; for whole supplies that is the transport optimum itself.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from torch import Tensor
 from .transport_repair import RowBounds, all_free, count_rows, repair_assignment
 
 NON_FINITE_PENALTY = 1e3  # above the row's largest finite cost
-CHECK_EVERY = 10  # Sinkhorn iterations at one entropy weight, between looks at the stopping rule
-PARALLEL_CELLS = 2_000_000  # below this many cost entries threads cost more than they save
+CHECK_EVERY = 10  # Sinkhorn iterations at one entropy weight, between tests of the stopping rule
+PARALLEL_CELLS = 2_000_000  # cost entries from which several threads are faster
 
 
 class Transport(NamedTuple):
-    """What a solver returns.
+    """Result of a solver.
 
     Attributes:
         assignment: (P, N) int64, ground truth of each prediction, -1 for background.
         marginal_error: (P,) largest deviation of a column sum of the plan from one.
-        misplaced: (P,) int64, predictions by which the row counts miss their supplies.
+        misplaced: (P,) int64 number of predictions by which the row counts deviate from the
+            supplies.
     """
 
     assignment: Tensor
@@ -48,7 +49,7 @@ class Transport(NamedTuple):
 
 
 def finite_cost(cost: Tensor) -> Tensor:
-    """Replaces NaN and infinities by the row's largest finite cost + 1000; (..., M, N) -> same."""
+    """Replaces NaN and infinities in (..., M, N) by the row's largest finite cost + 1000."""
     finite = cost.isfinite()
     largest = cost.masked_fill(~finite, -torch.inf).amax(dim=-1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 0)
@@ -56,7 +57,7 @@ def finite_cost(cost: Tensor) -> Tensor:
 
 
 def background(cost: Tensor) -> Transport:
-    """The answer to problems (P, M, N) in which nothing can be assigned."""
+    """Returns the solution of problems (P, M, N) in which nothing is assigned."""
     num_problems, _, num_columns = cost.shape
     return Transport(
         torch.full((num_problems, num_columns), -1, dtype=torch.long, device=cost.device),
@@ -66,7 +67,7 @@ def background(cost: Tensor) -> Transport:
 
 
 def exact_transport(cost: Tensor, supply: Tensor, column_valid: Tensor) -> Transport:
-    """Solves every problem to optimality on the host, with one copy there and one back.
+    """Solves every problem exactly on the host, with one copy in each direction.
 
     Each row is repeated once per unit, which makes the problem a rectangular assignment.
 
@@ -76,11 +77,11 @@ def exact_transport(cost: Tensor, supply: Tensor, column_valid: Tensor) -> Trans
         column_valid: (P, N) bool, False for padded predictions.
 
     Returns:
-        The optimum, on the device of `cost`; both error measures are zero.
+        The optimum on the device of `cost`, with error measures of zero.
     """
     if cost.numel() == 0:
         return background(cost)
-    # Supplies travel as one more column, validity as one more row: a single transfer.
+    # Supplies are copied as one more column and validity as one more row, in a single transfer.
     table = torch.cat((finite_cost(cost), supply.to(cost.dtype)[..., None]), dim=-1)
     valid = torch.nn.functional.pad(column_valid.to(cost.dtype), (0, 1))[:, None]
     host = torch.cat((table, valid), dim=1).cpu().numpy()
@@ -104,8 +105,8 @@ def exact_transport(cost: Tensor, supply: Tensor, column_valid: Tensor) -> Trans
 
 
 def _solve_one(cost: np.ndarray, supply: np.ndarray) -> np.ndarray:
-    """Optimal labels (n,) of one problem (m, n) without padding; -1 is the background."""
-    slack = 1e-4  # float32 noise around whole supplies
+    """Returns the optimal labels (n,) of one problem (m, n) without padding; -1 is background."""
+    slack = 1e-4  # rounding error around whole supplies
     cost = cost.astype(np.float64)
     lower = np.floor(supply + slack).astype(np.int64)
     upper = np.maximum(np.ceil(supply - slack).astype(np.int64), lower)
@@ -114,8 +115,8 @@ def _solve_one(cost: np.ndarray, supply: np.ndarray) -> np.ndarray:
     table = cost[owner]
     spare = int(upper.sum()) - int(np.floor(supply.sum() + slack))
     if spare:
-        # Units beyond the total end in columns that only a row's optional unit may enter, and that
-        # are too tempting to stay empty.
+        # Extra columns take the units beyond the total. Only the optional units of rows may be
+        # assigned to them, and their very low cost ensures that all of them are.
         first_unit = np.cumsum(upper) - upper
         optional = np.arange(len(owner)) - first_unit[owner] >= lower[owner]
         bait = (np.ptp(cost) + 1) * (len(owner) + 1)
@@ -132,25 +133,27 @@ def _solve_one(cost: np.ndarray, supply: np.ndarray) -> np.ndarray:
 class SinkhornTransport:
     """Annealed, over-relaxed Sinkhorn iterations in the log domain, then a repair of row counts.
 
-    For any row potentials u, giving each column the row of least `cost - u` is optimal among the
-    assignments with the same row counts (linear programming duality). Sinkhorn iterations are a
-    batched way to potentials whose counts nearly meet the supplies. A problem stops once they do:
-    it is then solved exactly. What the bounded iterations leave, `repair_assignment` repairs along
-    shortest paths. No step waits for the device; on the CPU the loop ends once all problems have.
+    For any row potentials u, assigning each column to the row of least `cost - u` is optimal among
+    the assignments with the same row counts (linear programming duality). Sinkhorn iterations are a
+    batched way to find potentials whose counts nearly equal the supplies. A problem stops once they
+    are equal: it is then solved exactly. For the other problems, `repair_assignment` corrects the
+    counts along shortest paths. No step synchronizes with the device; on a CPU the loop ends once
+    all problems have stopped.
 
-    The bounds suffice for the optimum, or well within 1 % of it, unless dozens of costs in a row
-    are exactly equal (within some percent) or fractional supplies leave the choice of which ground
+    The default bounds suffice for the optimum, or a cost well within 1 % of it, unless dozens of
+    costs in a row are exactly equal (within some percent) or fractional supplies leave a choice of
     ground truths to serve (within some 15 %). Row counts never exceed their bounds.
 
     `epsilon_start == epsilon`, `relaxation=1` and `repair_rounds=0` give OTA's plain iterations.
 
     Attributes:
         epsilon: entropy weight of the last iteration, in units of cost.
-        epsilon_start: entropy weight of the first; shrinks geometrically, every ten iterations.
-        iterations: bound on the iterations (one column and one row update each).
-        relaxation: factor on every update, in [1, 1.7]; larger ones diverge.
+        epsilon_start: entropy weight of the first; decreases geometrically every ten iterations.
+        iterations: largest number of iterations (one column and one row update each).
+        relaxation: factor of every update, in [1, 1.7]; larger ones diverge.
         row_rescale: divide each row of the plan by its maximum before reading it, as OTA does.
-        repair_rounds: bound on the units moved afterwards; 0 returns the plan's column-wise argmax.
+        repair_rounds: largest number of units moved afterwards; 0 returns the column-wise argmax of
+            the plan.
     """
 
     epsilon: float = 0.001
@@ -168,7 +171,7 @@ class SinkhornTransport:
             )
 
     def __call__(self, cost: Tensor, supply: Tensor, column_valid: Tensor) -> Transport:
-        """Arguments and result as in `exact_transport`, computed in float32."""
+        """Solves all problems; arguments and result as in `exact_transport`, in float32."""
         if cost.numel() == 0:
             return background(cost)
         with torch.autocast(cost.device.type, enabled=False):
@@ -188,7 +191,7 @@ class SinkhornTransport:
         return Transport(assignment - 1, error, missed)
 
     def schedule(self) -> list[tuple[float, int]]:
-        """Entropy weight and number of iterations between two looks at the stopping rule."""
+        """Returns entropy weight and number of iterations between tests of the stopping rule."""
         levels = math.ceil(self.iterations / CHECK_EVERY)
         ratio = self.epsilon / self.epsilon_start
         steps = []
@@ -201,18 +204,18 @@ class SinkhornTransport:
     def _iterate(
         self, rows: Tensor, supply: Tensor, bounds: RowBounds
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Potentials (P, R), assignment (P, N) in 0..M and marginal error (P,) of each problem when
-        it stopped.
+        """Returns potentials (P, R), assignment (P, N) in 0..M and marginal error (P,) of each
+        problem when it stopped.
 
-        The state is (u + v - cost) / epsilon. A normalization over rows or columns shifts u or v,
-        and a new epsilon scales it, so the potentials themselves are never needed on the way.
+        The state is (u + v - cost) / epsilon. Normalizing rows or columns shifts u or v, and a new
+        epsilon scales the state, so the iterations need no explicit potentials.
         """
         every_supply = with_background_supply(supply, rows.shape[-1])[..., None]
-        # An empty supply is a potential far below all costs. It must be one of fixed size: the
-        # over-relaxed iterations would overshoot a fixed logarithm whenever epsilon shrinks.
+        # An empty supply corresponds to a potential far below all costs. The potential is fixed,
+        # not the logarithm, which over-relaxed iterations would overshoot when epsilon decreases.
         bottomless = -8 * (rows.amax(dim=(1, 2), keepdim=True) + 1)  # (P, 1, 1)
         unused = torch.nn.functional.pad(supply == 0, (1, 0))  # padded rows; never the background
-        cheapest = rows.argmin(dim=-1, keepdim=True)  # (P, R, 1), where potentials are read
+        cheapest = rows.argmin(dim=-1, keepdim=True)  # (P, R, 1) columns for `_potentials`
         schedule = self.schedule()
         state, previous = rows / -schedule[0][0], schedule[0][0]
         done = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -236,10 +239,10 @@ class SinkhornTransport:
         return result
 
     def _potentials(self, state: Tensor, rows: Tensor, cheapest: Tensor, epsilon: float) -> Tensor:
-        """Row potentials (P, R) in units of cost, zero for the background."""
+        """Computes row potentials (P, R) in units of cost, zero for the background."""
         entry = state.gather(2, cheapest).squeeze(2)
         against = state[:, 0].gather(1, cheapest.squeeze(2))
-        # Both costs belong here by definition; the row's own is zero, the background's always is.
+        # The costs of the background are zero.
         potentials = epsilon * (entry - against) + rows.gather(2, cheapest).squeeze(2)
         if self.row_rescale:
             potentials = potentials - epsilon * state.amax(dim=2)
@@ -250,7 +253,7 @@ class SinkhornTransport:
 def _keep_where(
     done: Tensor, old: tuple[Tensor, ...], new: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """Field by field, the old values of problems that are done and the new ones of the others."""
+    """Returns, field by field, `old` for problems that are done and `new` for the others."""
     return tuple(
         torch.where(done.view(-1, *(1,) * (y.dim() - 1)), x, y)
         for x, y in zip(old, new, strict=True)
@@ -258,11 +261,11 @@ def _keep_where(
 
 
 def table_with_background(cost: Tensor, column_valid: Tensor) -> Tensor:
-    """Costs ready for iterating: (P, M, N) -> (P, R, N) float32, background first.
+    """Adds the background row: (P, M, N) -> (P, R, N) float32, background first.
 
-    Every row's minimum is subtracted before the cast, which changes no plan and keeps float32
-    exact for costs with large offsets. Padded columns become ones that only the background can
-    serve for nothing.
+    The minimum of each row is subtracted before the cast, which does not change the plan and keeps
+    float32 accurate for costs with large offsets. Padded columns get high costs in all rows but the
+    background's.
     """
     cost = finite_cost(cost)
     lowest = cost.masked_fill(~column_valid[:, None], torch.inf).amin(dim=-1, keepdim=True)
@@ -273,6 +276,6 @@ def table_with_background(cost: Tensor, column_valid: Tensor) -> Tensor:
 
 
 def with_background_supply(supply: Tensor, num_columns: int) -> Tensor:
-    """(P, M) -> (P, R) float32, the background's share of all columns (padded too) first."""
+    """Adds the supply of the background, all other columns (padded ones too): (P, M) -> (P, R)."""
     rest = num_columns - supply.sum(dim=-1, keepdim=True)
     return torch.cat((rest, supply), dim=-1).float()

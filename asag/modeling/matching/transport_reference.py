@@ -1,7 +1,7 @@
-"""Slow, obvious forms of optimal transport matching, one image at a time.
+"""Reference implementations of optimal transport matching, one image at a time.
 
-They follow the definitions line by line and are what the batched code is tested against and timed
-against. Here the background is the last of the M + 1 rows, as in the papers; N columns.
+They follow the definitions directly; tests and benchmarks compare the batched code with them. Here
+the background is the last of the M + 1 rows, as in the papers; N columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def reference_linear_program(cost: np.ndarray, supply: np.ndarray) -> tuple[np.ndarray, float]:
-    """The transport problem handed to a general linear programming solver.
+    """Solves the transport problem by a general linear programming solver.
 
     Args:
         cost: (M + 1, N).
@@ -44,7 +44,7 @@ def reference_linear_program(cost: np.ndarray, supply: np.ndarray) -> tuple[np.n
 def reference_sinkhorn(
     cost: Tensor, supply: Tensor, *, epsilon: float = 0.1, iterations: int = 50
 ) -> Tensor:
-    """Plain Sinkhorn iterations of one image in the log domain, columns first, rows last.
+    """Runs plain Sinkhorn iterations of one image in the log domain, columns first, rows last.
 
     Args:
         cost: (M + 1, N).
@@ -62,7 +62,7 @@ def reference_sinkhorn(
 
 
 def reference_dynamic_k(iou: np.ndarray, q: int) -> list[int]:
-    """Dynamic k of every ground truth from its IoU (M, N) with the predictions."""
+    """Computes dynamic k of every ground truth from its IoU (M, N) with the predictions."""
     return [max(1, math.floor(sum(sorted(row, reverse=True)[:q]))) for row in iou]
 
 
@@ -76,7 +76,10 @@ def reference_supply(
     unit_rounding: str = "floor",
     cap: float = 0.8,
 ) -> list[float]:
-    """Units k -> supplies: unit increase, at least one, rounding, cap; `stage` counts from 1."""
+    """Computes supplies from units k: unit increase, minimum of one, rounding, cap.
+
+    `stage` counts from 1.
+    """
     grown = [max(1.0, units - unit_step * (num_stages - stage)) for units in k]
     if unit_rounding == "floor":
         grown = [float(math.floor(units)) for units in grown]

@@ -1,16 +1,16 @@
-"""Repairing an assignment whose row counts miss their supplies, along shortest paths.
+"""Repair of assignments whose row counts deviate from the supplies, along shortest paths.
 
 An assignment that gives every column the row of least `cost - potential` is optimal for its own row
 counts. Moving one column from row a to row b costs the slack of b there; a chain of such moves
-hands one unit from a row with too many columns to a row with too few. The cheapest chain keeps the
-assignment optimal for its new counts (successive shortest paths, with Johnson's potentials to keep
-lengths non-negative), so repairing ends in the transport optimum if its rounds suffice.
+transfers one unit from a row with too many columns to a row with too few. The cheapest chain keeps
+the assignment optimal for its new counts (successive shortest paths, with Johnson's potentials to
+keep lengths non-negative), so the repair ends in the transport optimum if its rounds suffice.
 
-Ties are settled before, many units at a time: columns to which another row means as much change
-over directly. What the chains leave is settled the same way whatever it costs.
+Ties are resolved first, many units at a time: columns move directly to rows of equal cost. What
+remains after the chains is moved directly at any cost.
 
-P problems, R rows with the background first, N columns. All problems advance together and nothing
-waits for the device.
+P problems, R rows with the background first, N columns. All problems advance together without
+synchronization.
 """
 
 from __future__ import annotations
@@ -20,37 +20,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SUPPLY_SLACK = 1e-4  # float32 noise around whole supplies
-MAX_HOPS = 6  # rows a chain may pass; longer ones are never the cheapest in practice
-HOP_COST = 1e-6  # makes every move cost something, so that chains cannot run in circles
+SUPPLY_SLACK = 1e-4  # rounding error around whole supplies
+MAX_HOPS = 6  # rows in a chain; longer ones are never the cheapest in practice
+HOP_COST = 1e-6  # smallest cost of a move, which prevents cycles
 SETTLING_ROUNDS = 3  # of direct moves, before and after the chains
-JITTER = 1e-6  # spreads columns for which several rows are equal over these rows
+JITTER = 1e-6  # distributes columns with equal costs over the rows
 
 
 class RowBounds(NamedTuple):
-    """Fewest and most columns of every row, (P, R) int64 each; they differ for fractional
-    supplies only."""
+    """Smallest and largest number of columns of every row, (P, R) int64 each; they differ only for
+    fractional supplies."""
 
     lower: Tensor
     upper: Tensor
 
     @classmethod
     def from_supply(cls, supply: Tensor, num_columns: int) -> RowBounds:
-        """Bounds of supplies (P, M) and of the background, which takes all other columns."""
+        """Returns the bounds of supplies (P, M) and of the background, which takes the rest."""
         lower = (supply + SUPPLY_SLACK).floor()
         upper = torch.maximum((supply - SUPPLY_SLACK).ceil(), lower)
         rest = num_columns - (supply.sum(dim=-1, keepdim=True) + SUPPLY_SLACK).floor()
         return cls(torch.cat((rest, lower), dim=-1).long(), torch.cat((rest, upper), dim=-1).long())
 
     def violation(self, counts: Tensor) -> Tensor:
-        """(P,) columns that must move before `counts` (P, R) lie within the bounds."""
+        """Returns the number of columns (P,) that must move to bring `counts` (P, R) within the
+        bounds."""
         missing = (self.lower - counts).clamp(min=0).sum(dim=-1)
         excess = (counts - self.upper).clamp(min=0).sum(dim=-1)
         return torch.maximum(missing, excess)
 
 
 def count_rows(assignment: Tensor, num_rows: int) -> Tensor:
-    """(P, N) row of each column -> (P, R) columns of each row."""
+    """Counts the columns (P, R) of each row in an assignment (P, N)."""
     rows = torch.arange(num_rows, device=assignment.device)
     return (assignment[:, None] == rows[:, None]).sum(dim=-1)
 
@@ -64,7 +65,7 @@ def repair_assignment(
     rounds: int,
     tie: float,
 ) -> Tensor:
-    """Brings row counts within their bounds at the least cost.
+    """Moves columns at the least cost until row counts are within their bounds.
 
     Args:
         rows: (P, R, N) costs.
@@ -72,12 +73,12 @@ def repair_assignment(
             minus infinity for rows without supply.
         assignment: (P, N) int64 in 0..R-1.
         bounds: permitted counts.
-        rounds: chains tried in each problem.
-        tie: costs that differ by less count as equal.
+        rounds: largest number of chains in each problem.
+        tie: largest difference of costs that count as equal.
 
     Returns:
-        (P, N) int64. No row exceeds its upper bound and the background reaches its lower one even
-        if the rounds were too few; rows may then lack columns.
+        (P, N) int64. If the rounds do not suffice, rows may lack columns; still no row exceeds its
+        upper bound and the background reaches its lower one.
     """
     assignment = _settle(rows, potentials, assignment, bounds, tolerance=tie)
     for _ in range(rounds):
@@ -90,12 +91,12 @@ def repair_assignment(
 
 
 def all_free(flags: Tensor) -> bool:
-    """Whether all flags are set, where looking is free: on a GPU the answer is always no."""
+    """Returns True if all flags are set on a CPU; always False on a GPU, without reading them."""
     return flags.device.type == "cpu" and bool(flags.all())
 
 
 def _ends(counts: Tensor, bounds: RowBounds) -> tuple[Tensor, Tensor]:
-    """Columns that each row can give and can take, (P, R) each; zero where all is well."""
+    """Returns the number of columns that each row can give and can take, (P, R) each."""
     lacking = (bounds.lower - counts).clamp(min=0)
     excess = (counts - bounds.upper).clamp(min=0)
     urgent = lacking.any(dim=1, keepdim=True)
@@ -107,8 +108,8 @@ def _ends(counts: Tensor, bounds: RowBounds) -> tuple[Tensor, Tensor]:
 def _settle(
     rows: Tensor, potentials: Tensor, assignment: Tensor, bounds: RowBounds, *, tolerance: float
 ) -> Tensor:
-    """Moves columns from rows that can give to rows that can take if that costs at most
-    `tolerance` a column; the cheapest first, as many as both rows allow."""
+    """Moves columns directly from rows that can give to rows that can take, the cheapest first, at
+    a cost of at most `tolerance` each."""
     _, num_rows, num_columns = rows.shape
     reduced = rows - potentials[..., None] + JITTER * _scatter(num_rows, num_columns, rows.device)
     for _ in range(SETTLING_ROUNDS):
@@ -128,15 +129,15 @@ def _settle(
 
 
 def _scatter(num_rows: int, num_columns: int, device: torch.device) -> Tensor:
-    """(R, N) numbers in [0, 1) without pattern, the same in every call."""
+    """Returns pseudo-random numbers (R, N) in [0, 1), the same in every call."""
     row = torch.arange(num_rows, device=device)[:, None]
     column = torch.arange(num_columns, device=device)
     return (12.9898 * row + 78.233 * column).sin().mul(43758.5453).remainder(1)
 
 
 def _served_first(price: Tensor) -> Tensor:
-    """(P, N, N) bool of (P, N): the second column is cheaper than the first, or as cheap and
-    earlier."""
+    """Returns a mask (P, N, N), True if the second column is cheaper than the first, or as cheap
+    and earlier."""
     index = torch.arange(price.shape[1], device=price.device)
     earlier = index < index[:, None]
     cheaper = price[:, None] < price[..., None]
@@ -146,7 +147,8 @@ def _served_first(price: Tensor) -> Tensor:
 def _move_one_unit(
     rows: Tensor, potentials: Tensor, assignment: Tensor, givers: Tensor, takers: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One cheapest chain in every problem that needs one; potentials and assignment afterwards."""
+    """Applies the cheapest chain in every problem that needs one; returns potentials and
+    assignment."""
     reduced = rows - potentials[..., None]
     slack = (reduced - reduced.gather(1, assignment[:, None])).clamp_(min=HOP_COST)  # (P, R, N)
     price = _pair_prices(slack, assignment)  # (P, R to, R from)
@@ -163,14 +165,16 @@ def _move_one_unit(
 
 
 def _pair_prices(slack: Tensor, assignment: Tensor) -> Tensor:
-    """(P, R, R): entry (b, a) is the least slack of row b in the columns of row a, or infinity."""
+    """Returns the least slack (P, R, R) of row b in the columns of row a; infinity if it is
+    empty."""
     num_problems, num_rows, _ = slack.shape
     price = slack.new_full((num_problems, num_rows, num_rows), torch.inf)
     return price.scatter_reduce_(2, assignment[:, None].expand_as(slack), slack, "amin")
 
 
 def _follow(start: Tensor, toward: Tensor, takers: Tensor) -> Tensor:
-    """(P, R) bool, rows from `start` (P, 1) to a taker; all False where none is reached."""
+    """Returns a mask (P, R) of the rows from `start` (P, 1) to a taker; all False if none is
+    reached."""
     itself = torch.arange(toward.shape[1], device=toward.device).expand_as(toward)
     step = torch.where(takers, itself, toward)
     visited = torch.zeros_like(takers).scatter_(1, start, True)
@@ -184,7 +188,7 @@ def _follow(start: Tensor, toward: Tensor, takers: Tensor) -> Tensor:
 def _shift_along(
     leaving: Tensor, toward: Tensor, slack: Tensor, price: Tensor, assignment: Tensor
 ) -> Tensor:
-    """Moves the cheapest column of every row in `leaving` (P, R) on to the row `toward` it."""
+    """Moves the cheapest column of every row in the mask `leaving` (P, R) to its row `toward`."""
     num_columns = assignment.shape[1]
     target = toward.gather(1, assignment)  # (P, N), where each column would go
     move_slack = slack.gather(1, target[:, None]).squeeze(1)
@@ -199,7 +203,8 @@ def _shift_along(
 
 
 def _drop_excess(reduced: Tensor, assignment: Tensor, bounds: RowBounds) -> Tensor:
-    """Turns the dearest columns of rows above their bound, and of the whole, into background."""
+    """Turns the most expensive columns of rows above their bounds, and of the whole, into
+    background."""
     price = reduced.gather(1, assignment[:, None]).squeeze(1) - reduced[:, 0]
     ahead = _served_first(price)
     same_row = assignment[:, None] == assignment[..., None]

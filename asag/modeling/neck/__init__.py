@@ -1,4 +1,4 @@
-"""Necks: what stands between the backbone and everything that reads features."""
+"""Necks: modules between the backbone and the components that read features."""
 
 from ..registry import NECK_REGISTRY, build_neck
 from .deformable_encoder import DeformableEncoder

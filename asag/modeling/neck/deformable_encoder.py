@@ -1,5 +1,5 @@
-"""The encoder of Deformable DETR as a neck: four levels that attend to each other (Zhu et al., ICLR
-2021, Section 4.2).
+"""Encoder of Deformable DETR: deformable self-attention over four levels (Zhu et al., ICLR 2021,
+Section 4.2).
 
 B images, L levels, T cells of all levels, C channels.
 """
@@ -24,7 +24,7 @@ NORM_GROUPS = 32
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Cells attend to points of all levels around themselves: (B, T, C) -> (B, T, C)."""
+    """Deformable self-attention of all cells and feed-forward block, (B, T, C) -> (B, T, C)."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class DeformableEncoderLayer(nn.Module):
 
 @NECK_REGISTRY.register()
 class DeformableEncoder(nn.Module):
-    """Projects three maps of the backbone, adds a coarser one, and encodes all four together."""
+    """Projects three feature maps, adds a coarser one, and encodes all four together."""
 
     @configurable
     def __init__(
@@ -72,7 +72,7 @@ class DeformableEncoder(nn.Module):
     ) -> None:
         """
         Args:
-            in_features: names of the backbone's maps, finest first.
+            in_features: names of the backbone's feature maps, finest first.
             in_channels, strides: of these maps; strides are powers of two.
             dim: channels C of the outputs.
             num_layers: encoder layers.
@@ -129,20 +129,21 @@ class DeformableEncoder(nn.Module):
         }
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Names, channels and strides of the maps, as a backbone tells them."""
+        """Returns channels and strides of the outputs, like a backbone."""
         return {
             name: ShapeSpec(channels=self.dim, stride=stride)
             for name, stride in zip(self.out_features, self.strides, strict=True)
         }
 
     def forward(self, features: dict[str, Tensor], sizes: ImageSizes) -> dict[str, Tensor]:
-        """
+        """Encodes the feature maps.
+
         Args:
             features: of the backbone, name -> (B, *, H, W).
             sizes: of the B images.
 
         Returns:
-            "p3" to "p6" for maps of strides 8 to 32: name -> (B, C, H, W).
+            name -> (B, C, H, W), "p3" to "p6" for inputs of strides 8 to 32.
         """
         maps = [features[name] for name in self.in_features]
         maps = [
@@ -166,7 +167,7 @@ class DeformableEncoder(nn.Module):
 
 
 def cell_references(memory: MultiScaleMemory) -> Tensor:
-    """Where each cell lies in the padded maps of all levels, (B, T, L, 2)."""
+    """Returns the position of each cell in the padded maps of all levels, (B, T, L, 2)."""
     centers = []
     device = memory.values.device
     for i, (height, width) in enumerate(memory.shapes_hw):

@@ -20,7 +20,7 @@ OUTPUT = "memory"
 
 
 class EncoderLayer(nn.Module):
-    """Every cell looks at every cell of its image, then into itself."""
+    """Self-attention over all cells of an image and feed-forward block."""
 
     def __init__(
         self,
@@ -44,29 +44,33 @@ class EncoderLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, position: Tensor, valid: Tensor | None) -> Tensor:
-        """
+        """Encodes the cells.
+
         Args:
             x: (B, L, C).
             position: (B or 1, L, C) embedding, added to queries and keys.
-            valid: (B, L) bool, False on padding; None where all cells belong to images.
+            valid: (B, L) bool, False on padding; None without padding.
+
+        Returns:
+            (B, L, C).
         """
         x = self.self_residual(x, lambda y: self.self_attention(y, None, valid, position))
         return self.ffn(x)
 
 
 class CellAttention(SelfAttention):
-    """Self-attention over cells, of which every image has at least one."""
+    """Self-attention over cells. Every image has at least one valid cell."""
 
     def mask(self, valid: Tensor) -> Tensor:
-        """(B, 1, 1, L) instead of L x L: no row is ever blocked."""
+        """Returns a mask (B, 1, 1, L), smaller than L x L: no row can be empty."""
         return valid[:, None, None]
 
 
 @NECK_REGISTRY.register()
 class TransformerEncoder(nn.Module):
-    """The coarsest feature map, narrowed to C channels and refined by self-attention.
+    """Projects one feature map to C channels and refines it by self-attention.
 
-    Gives one feature map, named "memory".
+    The output is one feature map, "memory".
     """
 
     @configurable
@@ -95,7 +99,7 @@ class TransformerEncoder(nn.Module):
             positions: position embedding of the cells.
             activation: of the feed-forward blocks.
             dropout: rate in attention, residual branches and feed-forward blocks.
-            pre_norm: norms in front of the sublayers, and one more at the end.
+            pre_norm: norms in front of the sublayers, and another one at the end.
         """
         super().__init__()
         self.in_feature = in_feature
@@ -141,11 +145,12 @@ class TransformerEncoder(nn.Module):
         }
 
     def output_shape(self) -> dict[str, ShapeSpec]:
-        """Channels and stride of the output."""
+        """Returns channels and stride of the output."""
         return {OUTPUT: self.shape}
 
     def forward(self, features: dict[str, Tensor], sizes: ImageSizes) -> dict[str, Tensor]:
-        """
+        """Encodes the feature map.
+
         Args:
             features: name -> (B, *, H, W).
             sizes: of the B images; padding is never attended.

@@ -1,4 +1,4 @@
-"""Proposal generators: where queries come from."""
+"""Proposal generators: sources of the queries."""
 
 from .asag import AdaptiveSparseAnchors
 from .dense import DenseProposals

@@ -1,4 +1,4 @@
-"""ROI heads: how queries are refined."""
+"""ROI heads: refinement of the queries in stages."""
 
 from .asag.adamixer import AdaMixerStage
 from .asag.deformable import DeformableStage
