@@ -28,7 +28,7 @@ from asag.modeling.proposal_generator.asag.anchors import Anchors, GeneratedAnch
 from asag.modeling.proposal_generator.asag.denoising import (
     attendable_pairs,
     noised_boxes,
-    noised_truth,
+    noised_gt,
 )
 from asag.modeling.proposal_generator.asag.patch_targets import (
     PatchTargets,
@@ -402,7 +402,7 @@ def test_softmax_classifiers_are_refused() -> None:
 @given(st.integers(0, 9), st.integers(0, 9), st.integers(1, 20))
 def test_denoising_groups(first: int, second: int, slots: int) -> None:
     targets = make_targets(0, (first, second))
-    gt, group = noised_truth(targets, slots)
+    gt, group = noised_gt(targets, slots)
     for b, count in enumerate((first, second)):
         groups = slots // count if count else 0
         expected = list(range(count)) * groups
@@ -423,7 +423,7 @@ def test_denoising_groups(first: int, second: int, slots: int) -> None:
 def test_noise_is_bounded(seed: int, noise: float) -> None:
     torch.manual_seed(seed)
     targets = make_targets(seed, (3, 2))
-    gt, _ = noised_truth(targets, 12)
+    gt, _ = noised_gt(targets, 12)
     found = noised_boxes(targets, gt, noise)
     for b in range(2):
         own = gt[b] >= 0

@@ -17,7 +17,7 @@ from asag.modeling.proposal_generator.asag.anchors import Anchors, GeneratedAnch
 from asag.modeling.proposal_generator.asag.denoising import (
     attendable_pairs,
     noised_boxes,
-    noised_truth,
+    noised_gt,
 )
 from asag.modeling.proposal_generator.asag.patch_targets import (
     PatchTargets,
@@ -167,7 +167,7 @@ def verify_denoising(cases: dict[str, Any]) -> Iterator[Check]:
     for name, c in cases.items() if isinstance(cases, dict) else enumerate(cases):
         whwh = to_whwh(c["image_hw"])
         targets, slots, expected = read_targets(c["targets"], whwh), c["num_dn"], c["expected"]
-        gt, group = noised_truth(targets, slots)
+        gt, group = noised_gt(targets, slots)
         boxes = noised_boxes(targets, gt, c["box_noise_scale"], constant(c["u"]))
         stored = expected["all_boxes_cxcywh_px"][:, :slots]
         yield Check(f"{name}.boxes", xyxy_to_cxcywh(boxes), stored, BOXES_PX)

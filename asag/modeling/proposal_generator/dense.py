@@ -1,8 +1,8 @@
-"""Dense proposals: the best boxes of a region proposal network become the queries.
+"""Dense proposals: queries from the best boxes of a region proposal network.
 
-What sparse anchors are compared with: boxes that are predicted for every cell of every map and
-thinned out, with features pooled at these boxes as content (Zhang et al., "Featurized Query R-CNN",
-arXiv 2206.06258; ASAG, Section 2, calls such detectors densely initialized).
+The dense counterpart of adaptive sparse anchors: boxes are predicted for every cell of every map,
+the best ones are kept, and features pooled at these boxes are the content (Zhang et al.,
+"Featurized Query R-CNN", arXiv 2206.06258; "densely initialized" in ASAG, Section 2).
 
 B images, N queries, C channels, K classes, M padded ground truths.
 """
@@ -29,16 +29,16 @@ from .asag.block import ProposalBlock, build_proposal_block
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class DenseProposals(nn.Module):
-    """Detectron2's region proposal network (`MODEL.RPN`, `MODEL.ANCHOR_GENERATOR`) for the boxes,
-    the proposal block of ASAG for their content, class and refinement.
+    """Boxes of Detectron2's region proposal network (`MODEL.RPN`, `MODEL.ANCHOR_GENERATOR`), with
+    content, class and refined box by the proposal block of ASAG.
 
-    Only the origin of the boxes differs from `AdaptiveSparseAnchors`. The network's own losses join
-    those of the detector; what the block says is supervised like a stage, and no gradient flows
-    from block or stages to the network through the boxes.
+    Only the source of the boxes differs from `AdaptiveSparseAnchors`. The losses of the network are
+    added to those of the detector, predictions of the block are supervised like those of a stage,
+    and no gradient flows from block or stages to the network through the boxes.
 
-    Non-maximum suppression and the sampling of anchors are Detectron2's: they loop over the images
-    and wait for the device several times an image. Like there, anchors also stand on the padding of
-    a batch, so that an image may keep slightly other proposals in a batch than by itself.
+    Non-maximum suppression and the sampling of anchors are Detectron2's, which loop over the images
+    and synchronize several times an image. As in Detectron2, anchors also cover the padding of a
+    batch, so the proposals of an image may depend slightly on its batch.
     """
 
     @configurable
@@ -52,10 +52,10 @@ class DenseProposals(nn.Module):
     ) -> None:
         """
         Args:
-            rpn: `(ImageList, features, instances) -> (proposals of each image, losses)`, proposals
-                with `proposal_boxes`, the best first.
+            rpn: `(ImageList, features, instances) -> (proposals of each image, losses)`; proposals
+                have `proposal_boxes`, the best first.
             block: boxes -> queries.
-            block_features: names of the maps that the block reads, finest first.
+            block_features: names of the feature maps of the block, finest first.
             num_queries: N.
         """
         super().__init__()
@@ -83,27 +83,30 @@ class DenseProposals(nn.Module):
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:
-        """Parts for `torch.compile`."""
+        """Modules for `torch.compile`."""
         return self.rpn.rpn_head, self.block
 
     def forward(
         self, features: dict[str, Tensor], sizes: ImageSizes, targets: Targets | None = None
     ) -> tuple[Queries, dict[str, Tensor]]:
-        """
+        """Generates the queries.
+
         Args:
             features: name -> (B, C, H, W).
             sizes: of the B images.
-            targets: padded ground truth while training; None is inference.
+            targets: padded ground truth in training; None in inference.
 
         Returns:
             Queries (B, N), the best proposal first, padding last; and, in training mode, the losses
             `loss_rpn_cls` and `loss_rpn_loc`.
 
         Raises:
-            ValueError: training mode without targets.
+            ValueError: `targets` is None in training mode.
         """
         if self.training and targets is None:
-            raise ValueError("DenseProposals needs targets while training; call .eval() to detect")
+            raise ValueError(
+                "DenseProposals needs targets in training mode; call .eval() to detect"
+            )
         boxes_xyxy, counts, losses = self.propose(features, sizes, targets)
         all_valid = min(counts) == self.num_queries
         slot = torch.arange(self.num_queries)
@@ -114,7 +117,7 @@ class DenseProposals(nn.Module):
         queries = Queries(
             content=content,
             valid=valid,
-            # Where the stages look is not for them to learn.
+            # The stages do not train the boxes that they start from.
             boxes_xyxy=proposals_xyxy.detach(),
             all_valid=all_valid,
             proposal_logits=logits,
@@ -125,19 +128,19 @@ class DenseProposals(nn.Module):
     def propose(
         self, features: dict[str, Tensor], sizes: ImageSizes, targets: Targets | None = None
     ) -> tuple[Tensor, list[int], dict[str, Tensor]]:
-        """The boxes alone.
+        """Generates the boxes only.
 
         Returns:
-            Boxes (B, N, 4) xyxy in pixels without gradient, the best first; how many of them are
-            proposals, at least 1 an image; the network's losses. Slots without a proposal hold the
-            whole image, which is also what an image without any proposal is left with.
+            Boxes (B, N, 4) xyxy in pixels without gradient, the best first; the number of proposals
+            of each image, at least 1; the losses of the network. Slots without a proposal hold the
+            whole image, which is the only proposal of an image without any.
         """
-        # Of the images themselves the network needs only the sizes: a view without memory.
+        # The network reads only the sizes of the images: a view without memory replaces them.
         canvas = sizes.whwh.new_zeros(()).expand(len(sizes), 1, *sizes.padded_hw)
         gt = None if targets is None else _instances(targets, sizes)
         with _event_storage():
-            found, losses = self.rpn(ImageList(canvas, list(sizes.hw)), features, gt)
-        best = [x.proposal_boxes.tensor[: self.num_queries].detach() for x in found]
+            proposals, losses = self.rpn(ImageList(canvas, list(sizes.hw)), features, gt)
+        best = [x.proposal_boxes.tensor[: self.num_queries].detach() for x in proposals]
         corner = torch.zeros_like(sizes.whwh[:, :2])
         whole_image = torch.cat((corner, sizes.whwh[:, 2:]), dim=1)  # (B, 4)
         padding = whole_image[:, None].expand(-1, self.num_queries, -1)
@@ -148,7 +151,7 @@ class DenseProposals(nn.Module):
 
 
 def _instances(targets: Targets, sizes: ImageSizes) -> list[Instances]:
-    """Ground truth as Detectron2's networks read it; their labels do not matter."""
+    """Returns the ground truth boxes as Detectron2 instances; the network reads no labels."""
     return [
         Instances(hw, gt_boxes=Boxes(boxes[:count]))
         for hw, boxes, count in zip(sizes.hw, targets.boxes_xyxy, targets.counts, strict=True)
@@ -156,7 +159,7 @@ def _instances(targets: Targets, sizes: ImageSizes) -> list[Instances]:
 
 
 def _event_storage() -> AbstractContextManager[Any]:
-    """The network counts its anchors in the trainer's storage, and fails where there is none."""
+    """Returns a context with an event storage: the network logs to it and fails without one."""
     try:
         get_event_storage()
     except AssertionError:
@@ -170,8 +173,8 @@ def _check_anchors(cfg: CfgNode) -> None:
         lists = cfg.MODEL.ANCHOR_GENERATOR[key]
         if len(lists) not in (1, levels):
             raise ValueError(
-                f"MODEL.ANCHOR_GENERATOR.{key} has {len(lists)} lists; it must have one for each "
-                f"of the {levels} maps of MODEL.RPN.IN_FEATURES, or a single one for all"
+                f"MODEL.ANCHOR_GENERATOR.{key} is {lists}; it must hold one list for each of the "
+                f"{levels} features of MODEL.RPN.IN_FEATURES, or a single one for all"
             )
 
 

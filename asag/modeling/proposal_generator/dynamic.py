@@ -1,7 +1,7 @@
-"""Dynamic proposal generation: experts mixed by what is in the image (Dynamic Sparse R-CNN, Section
-3.3, Fig. 3).
+"""Dynamic proposal generation: a mixture of experts with weights from the image (Dynamic Sparse
+R-CNN, Section 3.3, Fig. 3).
 
-B images, N queries, C channels, E experts, D side of the square that image features are resized to.
+B images, N queries, C channels, E experts, D side of the square map that describes an image.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .learned import initial_boxes
 
 
 class ImageDescriptor(nn.Module):
-    """Feature pyramid -> one D x D map of the whole image, flattened.
+    """Converts a feature pyramid to one D x D map of the whole image, flattened.
 
-    With the staircase, each level is halved by a depth-wise convolution and laid beside the next
-    coarser one, so that fine levels travel down to the coarsest resolution; without it, every level
-    is resized by itself (Table 2). Channels are summed *before* resizing: both are linear, and one
-    channel is resized instead of all.
+    With the staircase, each level is halved by a depth-wise convolution and concatenated with the
+    next coarser one, up to the coarsest resolution; without it, each level is resized by itself
+    (Table 2). Channels are summed *before* resizing: both are linear, and one channel is resized
+    instead of all.
     """
 
     def __init__(self, *, dim: int, num_levels: int, size: int, staircase: bool) -> None:
@@ -36,7 +36,7 @@ class ImageDescriptor(nn.Module):
             dim: channels C of each level.
             num_levels: levels of the pyramid, each half the size of the one before.
             size: D.
-            staircase: see above.
+            staircase: merge levels by convolutions, see above.
         """
         super().__init__()
         self.size = size
@@ -46,7 +46,7 @@ class ImageDescriptor(nn.Module):
         )
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """(B, C, H_l, W_l) a level, finest first -> (B, D * D)."""
+        """Describes images by maps (B, C, H_l, W_l), finest first -> (B, D * D)."""
         if self.halve:
             stair = maps[0]
             for conv, coarser in zip(self.halve, maps[1:], strict=True):
@@ -61,12 +61,12 @@ class ImageDescriptor(nn.Module):
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class DynamicProposals(nn.Module):
-    """E sets of learned proposals and a small network that weighs them for each image (Eq. 3).
+    """E sets of learned proposals, mixed by a small network for each image (Eq. 3).
 
-    The weights are a softmax over experts, separate for each of the N proposals, whose temperature
-    falls linearly while training; the current one is part of the state, so evaluation and resumed
-    training agree with the run. A checkpoint with one set of learned proposals (Sparse R-CNN) loads
-    into all experts: the detector then starts as the one that was trained.
+    The weights are a softmax over experts, separate for each of the N proposals. Its temperature
+    falls linearly in training; the current value is part of the state dict, so that evaluation and
+    resumed training use it. A checkpoint with one set of learned proposals (Sparse R-CNN) is loaded
+    into all experts: the detector then starts with the predictions of the trained one.
     """
 
     @configurable
@@ -94,9 +94,9 @@ class DynamicProposals(nn.Module):
             size: D.
             hidden_dim: width between the two linear layers of the weight network.
             staircase: see `ImageDescriptor`.
-            box_init: see `initial_boxes`; each expert draws its own where that is random.
+            box_init: see `initial_boxes`; random boxes are drawn for each expert.
             tau_init, tau_final: softmax temperature at the start and at the end of the annealing.
-            tau_steps: training forwards that the annealing takes; 0 starts at the end.
+            tau_steps: forward passes of the annealing; 0 uses `tau_final` from the start.
         """
         super().__init__()
         self.in_features = tuple(in_features)
@@ -145,16 +145,17 @@ class DynamicProposals(nn.Module):
         sizes: ImageSizes,
         targets: Targets | None = None,
     ) -> tuple[Queries, dict[str, Tensor]]:
-        """
+        """Mixes the proposals of the experts.
+
         Args:
             features: name -> (B, C, H, W).
             sizes: of the B images.
-            targets: not needed.
+            targets: not used.
 
         Returns:
             Queries (B, N) and no losses.
         """
-        # Products and sums, not matrix products: autocast must not round boxes to half precision.
+        # Not by matrix products, which autocast would round to half precision.
         weights = self.expert_weights(features)[..., None]  # (B, E, N, 1)
         boxes_cxcywh = (weights * self.expert_boxes_cxcywh).sum(dim=1)
         content = (weights * self.expert_features).sum(dim=1)
@@ -167,7 +168,7 @@ class DynamicProposals(nn.Module):
         return queries, {}
 
     def expert_weights(self, features: dict[str, Tensor]) -> Tensor:
-        """(B, E, N) float32, summing to one over the experts of each proposal."""
+        """Returns weights (B, E, N), float32, that sum to one over the experts of each proposal."""
         if self.training:
             self._anneal()
         scores = self.weigh(self.describe([features[f] for f in self.in_features]))
@@ -176,7 +177,7 @@ class DynamicProposals(nn.Module):
 
     @torch.no_grad()
     def _anneal(self) -> None:
-        """Temperature of this training step; computed on the device, where the step count lives."""
+        """Updates the temperature, on the device to avoid synchronization."""
         if self.tau_steps:
             progress = (self.steps / self.tau_steps).clamp(max=1)
             self.temperature.copy_(self.tau_init + (self.tau_final - self.tau_init) * progress)

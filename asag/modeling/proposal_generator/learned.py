@@ -18,13 +18,12 @@ from ..layers.boxes import cxcywh_to_xyxy
 
 
 def initial_boxes(kind: str, count: int) -> Tensor:
-    """Boxes that learning starts from, (N, 4) cxcywh in shares of the image.
+    """Returns initial boxes (N, 4), cxcywh in shares of the image.
 
     Args:
-        kind: "image": all equal to the whole image (the published models). "grid": the cells of a
-            grid, row by row, which a short training from scratch learns from soonest.
-            "random": centers and sizes uniform. "center": in the middle, a tenth of the image wide
-            and high.
+        kind: "image": the whole image for all (the published models). "grid": the cells of a grid,
+            row by row, for the fastest training from scratch. "random": uniform centers and sizes.
+            "center": at the center, a tenth of the image wide and high.
         count: N.
     """
     if kind == "image":
@@ -42,9 +41,9 @@ def initial_boxes(kind: str, count: int) -> Tensor:
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class LearnedProposals(nn.Module):
-    """N boxes and N feature vectors, learned by gradient.
+    """N boxes and N feature vectors as parameters.
 
-    Boxes are free: neither squashed nor clamped, they may leave the image.
+    Boxes are unconstrained and may exceed the image.
     """
 
     @configurable
@@ -73,11 +72,12 @@ class LearnedProposals(nn.Module):
         sizes: ImageSizes,
         targets: Targets | None = None,
     ) -> tuple[Queries, dict[str, Tensor]]:
-        """
+        """Returns the learned proposals for each image.
+
         Args:
-            features: not looked at.
+            features: not used.
             sizes: of the B images.
-            targets: not needed.
+            targets: not used.
 
         Returns:
             Queries (B, N) and no losses.

@@ -19,9 +19,9 @@ from ..layers.init import xavier_init_matrices
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class ObjectQueries(nn.Module):
-    """N learned embeddings o_q, empty content, and a reference point sigmoid(s) for each query.
+    """N learned embeddings o_q with zero content and, optionally, reference points sigmoid(s).
 
-    Boxes are offsets to the reference point where there is one.
+    With reference points, the centers of predicted boxes are offsets from them.
     """
 
     @configurable
@@ -31,7 +31,7 @@ class ObjectQueries(nn.Module):
             num_queries: N.
             dim: channels C.
             reference_points: "predicted" s = FFN(o_q); "learned" s is a parameter; "origin" s = 0,
-                the middle of the image; "none".
+                the center of the image; "none".
         """
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(num_queries, dim))
@@ -57,15 +57,16 @@ class ObjectQueries(nn.Module):
         sizes: ImageSizes,
         targets: Targets | None = None,
     ) -> tuple[Queries, dict[str, Tensor]]:
-        """
+        """Returns the object queries.
+
         Args:
-            features: not looked at.
+            features: not used.
             sizes: of the B images.
-            targets: not needed.
+            targets: not used.
 
         Returns:
-            Queries (B, N) whose position (1, N, C) and points_xy (1, N, 2) all images share, and no
-            losses.
+            Queries (B, N) with position (1, N, C) and points_xy (1, N, 2), shared by all images,
+            and no losses.
         """
         batch, shape = sizes.whwh.shape[0], self.embedding.shape
         points = self.point_coordinates()
@@ -81,7 +82,7 @@ class ObjectQueries(nn.Module):
         return queries, {}
 
     def point_coordinates(self) -> Tensor | None:
-        """(N, 2) x and y in shares of the image size; None without reference points."""
+        """Returns x and y (N, 2) in shares of the image size; None without reference points."""
         if self.reference_points == "none":
             return None
         if self.reference_points == "origin":

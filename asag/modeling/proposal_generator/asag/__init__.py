@@ -1,4 +1,4 @@
-"""Adaptive sparse anchors (ASAG): as many anchors as the image needs, from its content alone."""
+"""Adaptive sparse anchors (ASAG): a variable number of anchors, predicted from the image."""
 
 from .generator import AdaptiveSparseAnchors
 

@@ -1,5 +1,4 @@
-"""Losses of the anchors: one-to-one matching inside of each patch, quality focal loss, weighted
-boxes.
+"""Anchor losses: one-to-one matching inside of each patch, quality focal loss, weighted box losses.
 
 ASAG (Fu et al., ICCV 2023), Sections 3.3 and 3.4, and the authors' code. B images, P patches, A
 anchors of a patch, M padded ground truths, Q = B * P problems.
@@ -24,18 +23,18 @@ from ...matching.hungarian import NonFiniteCostError
 from .anchors import GeneratedAnchors
 from .patch_targets import PatchTargets, probed_targets, quadrant_targets, whole_image_targets
 
-IGNORED_IOU = 0.5  # unmatched anchors that fit some object this well are no negatives
+IGNORED_IOU = 0.5  # unmatched anchors with this IoU to an object are not negatives
 
 
 @dataclass
 class PatchGroup:
-    """Patches that are matched and weighed alike.
+    """Patches with a common kind of targets and weights.
 
     Attributes:
         raw: (B, P, A, 5) predictions, boxes relative to the patch and location logits.
         valid: (B, P) bool.
-        targets: what they answer for.
-        large: large objects weigh more (P6) instead of small ones.
+        targets: ground truth of the patches.
+        large: large objects have larger weights (P6) instead of small ones.
     """
 
     raw: Tensor
@@ -45,7 +44,7 @@ class PatchGroup:
 
 
 class AnchorCriterion(nn.Module):
-    """Loss of all anchors of P6, P5 and the probed patches."""
+    """Losses of all anchors of P6, P5 and the probed patches."""
 
     def __init__(
         self,
@@ -61,11 +60,11 @@ class AnchorCriterion(nn.Module):
     ) -> None:
         """
         Args:
-            cost: weights of the matching cost; its class term is taken for the location logit.
-            weights: exponents of score and IoU; None takes the paper's.
-            class_weight, l1_weight, giou_weight: coefficients of the three terms.
+            cost: weights of the matching cost; its class term applies to the location logit.
+            weights: exponents of score and IoU; None uses the paper's.
+            class_weight, l1_weight, giou_weight: weights of the three losses.
             focal_gamma: exponent of the quality focal loss.
-            nominal_patches: the sums over probed patches are scaled to this many patches a batch.
+            nominal_patches: sums over probed patches are scaled to this number of patches a batch.
             released_flip: see `whole_image_targets`.
         """
         super().__init__()
@@ -77,7 +76,7 @@ class AnchorCriterion(nn.Module):
         self.released_flip = released_flip
 
     def forward(self, generated: GeneratedAnchors, targets: Targets) -> dict[str, Tensor]:
-        """Weighted losses `loss_ce_anchor`, `loss_bbox_anchor`, `loss_giou_anchor`."""
+        """Computes the weighted losses `loss_ce_anchor`, `loss_bbox_anchor`, `loss_giou_anchor`."""
         groups = self.groups(generated, targets)
         matches = self.match(groups)
         patches = sum((x.valid.sum() for x in generated.probed), targets.valid.new_zeros(()).sum())
@@ -94,7 +93,7 @@ class AnchorCriterion(nn.Module):
         }
 
     def groups(self, generated: GeneratedAnchors, targets: Targets) -> list[PatchGroup]:
-        """P6, P5, then each probed level."""
+        """Returns the groups of P6, P5, and each probed level."""
         p6, p5 = generated.p6, generated.p5
         whole = whole_image_targets(targets, p6.shape[1] > 1, self.released_flip)
         everywhere = torch.ones(p5.shape[:2], dtype=torch.bool, device=p5.device)
@@ -109,8 +108,10 @@ class AnchorCriterion(nn.Module):
 
     @torch.no_grad()
     def match(self, groups: Sequence[PatchGroup]) -> list[Tensor]:
-        """(B, P, A) int64 for each group, -1 for background: all costs go to the host in one
-        copy."""
+        """Returns the matching (B, P, A), int64, of each group; -1 is background.
+
+        All costs are copied to the host at once.
+        """
         costs = [self.pair_cost(x) for x in groups]
         usable = [x.targets.valid & x.valid[..., None] for x in groups]
         flat = [*(x.flatten() for x in costs), *(x.flatten().to(costs[0].dtype) for x in usable)]
@@ -127,7 +128,7 @@ class AnchorCriterion(nn.Module):
         return matches
 
     def pair_cost(self, group: PatchGroup) -> Tensor:
-        """(B, P, A, M) matching cost of every anchor and object of a patch."""
+        """Computes the matching cost (B, P, A, M) of every anchor and object of a patch."""
         cost = self.cost
         boxes, gt = group.raw[..., None, :4], group.targets.boxes_cxcywh[..., None, :, :]
         location = focal_cost(group.raw[..., 4], cost.alpha, cost.gamma)[..., None]
@@ -136,12 +137,12 @@ class AnchorCriterion(nn.Module):
         total = cost.class_weight * location + cost.l1_weight * l1 - cost.giou_weight * giou
         return self._area(group, gt) * total
 
-    def _area(self, group: PatchGroup, truth_cxcywh: Tensor) -> Tensor:
-        share = truth_cxcywh[..., 2] * truth_cxcywh[..., 3]
+    def _area(self, group: PatchGroup, gt_cxcywh: Tensor) -> Tensor:
+        share = gt_cxcywh[..., 2] * gt_cxcywh[..., 3]
         return weigh_area(share, self.cost.area_weight, large=group.large)
 
     def terms(self, group: PatchGroup, match: Tensor) -> dict[str, Tensor]:
-        """Sums over the group's anchors, 0-d each."""
+        """Computes the unweighted losses, summed over the group's anchors, 0-d each."""
         matched = (match >= 0) & group.valid[..., None]  # (B, P, A)
         index = match.clamp(min=0)[..., None].expand(*match.shape, 4)
         gt = group.targets.boxes_cxcywh.gather(2, index)  # (B, P, A, 4)
@@ -165,7 +166,7 @@ class AnchorCriterion(nn.Module):
 
     @staticmethod
     def _negatives(group: PatchGroup, corners: Tensor, matched: Tensor) -> Tensor:
-        """(B, P, A) bool: unmatched anchors that fit no object of their patch well."""
+        """Returns a mask (B, P, A) of unmatched anchors with low IoU to all objects."""
         gt = cxcywh_to_xyxy(group.targets.boxes_cxcywh)
         overlap = box_iou(corners[..., None, :], gt[..., None, :, :])  # (B, P, A, M)
         best = (overlap * group.targets.valid[..., None, :]).amax(dim=-1)
@@ -173,14 +174,14 @@ class AnchorCriterion(nn.Module):
 
 
 def solve_patches(cost: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Minimum-cost one-to-one assignment inside of each patch.
+    """Solves the one-to-one assignment of minimum cost in each patch.
 
     Args:
         cost: (Q, A, M).
-        usable: (Q, M) bool, which objects belong to the patch.
+        usable: (Q, M) bool mask of the objects that belong to the patch.
 
     Returns:
-        (Q, A) int64, the object of each anchor or -1.
+        (Q, A) int64 index of the object of each anchor, or -1.
 
     Raises:
         NonFiniteCostError: a cost is NaN or infinite.

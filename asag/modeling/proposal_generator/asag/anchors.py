@@ -1,12 +1,11 @@
-"""From patches to the anchors of an image: fixed part, Adaptive Probing, replacement, assembly.
+"""Adaptive anchor generation: fixed part, Adaptive Probing, replacement, assembly.
 
-ASAG (Fu et al., ICCV 2023), Section 3.2; where the paper is silent, the authors' code. B images,
-A anchors, P patches, N anchors of an image in the end. Boxes are cxcywh in pixels of the unpadded
-image.
+ASAG (Fu et al., ICCV 2023), Section 3.2, with details of the authors' code. B images, A anchors, P
+patches, N anchors of an image in the end. Boxes are cxcywh in pixels of the unpadded image.
 
-Everything is padded and masked: a patch or an anchor that an image does not have is a slot that is
-not `valid`. With fixed capacities every shape is known beforehand and the host never looks at the
-data; otherwise the slots shrink to what the fullest image needs. Both compute the same anchors.
+Patches and anchors are padded to common numbers of slots and masked by `valid`. With fixed
+capacities all shapes are known beforehand and no synchronization is needed; otherwise the number of
+slots is that of the fullest image. Both compute the same anchors.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ class ProbingRules:
     """Thresholds and limits of the generator, with the paper's symbols.
 
     Attributes:
-        eta_f: anchors with a higher score are kept (anything below 0 keeps all).
+        eta_f: anchors with a higher score are kept (a negative value keeps all).
         eta_l, eta_h: anchors with a score between them are probed.
-        eta_iou: IoU above which the NMS on patches suppresses.
-        min_anchors: fewest anchors an image takes from the fixed part.
-        max_anchors: most anchors of an image, by score.
+        eta_iou: IoU threshold of the NMS on patches.
+        min_anchors: smallest number of anchors of an image from the fixed part.
+        max_anchors: largest number of anchors of an image, by score.
         min_side: anchors with a smaller side score 0, in pixels.
-        finest_level: 3 probes P4 and P3, 4 only P4, 5 nothing.
+        finest_level: 3 probes P4 and P3, 4 only P4, 5 neither.
         min_selected: an image with fewer selected anchors is not probed further (fast: 3).
-        max_patches: most patches an image and level, 0 is no limit (fast: 15).
-        replace: selected anchors are replaced by what their patches predict.
+        max_patches: largest number of patches an image and level, 0 is no limit (fast: 15).
+        replace: replace selected anchors by the predictions of their patches.
     """
 
     eta_f: float = 0.1
@@ -62,7 +61,7 @@ class ProbingRules:
 
 @dataclass
 class Anchors:
-    """Anchors of every image, padded.
+    """Padded anchors of every image.
 
     Attributes:
         boxes_cxcywh: (B, A, 4) pixels.
@@ -75,22 +74,22 @@ class Anchors:
     valid: Tensor
 
     def where(self, mask: Tensor) -> Anchors:
-        """The same slots, valid only where `mask` (B, A) is true as well."""
+        """Returns the same slots, valid only where `mask` (B, A) is True as well."""
         return Anchors(self.boxes_cxcywh, self.scores, self.valid & mask)
 
 
 @dataclass
 class ProbedPatches:
-    """Patches of one level and what the network says of them.
+    """Patches of one level and their predictions.
 
     Attributes:
         level: 4 or 3.
         side: cells of a patch's side.
         corner: (B, P, 2) int64 cells.
         valid: (B, P) bool.
-        forward: (B, P) bool, whether their anchors go on to the detector.
+        forward: (B, P) bool mask of patches whose anchors become queries.
         raw: (B, P, A, 5), boxes relative to the patch and location logits.
-        num_selected: (B,) int64 anchors that asked for a patch, before suppression.
+        num_selected: (B,) int64 number of selected anchors before the NMS.
         kind: (B, P) int64, see `training_patches.PatchKind`; generated patches are 0.
     """
 
@@ -111,13 +110,13 @@ class ProbedPatches:
 
 @dataclass
 class GeneratedAnchors:
-    """The anchors of a batch and what the losses need.
+    """Anchors of a batch, and the raw predictions for their losses.
 
     Attributes:
         anchors: (B, N), the best first, padding last; padding slots hold the whole image.
-        p6: (B, 1 or 4, A, 5) raw predictions of the whole image (while training also flipped).
+        p6: (B, 1 or 4, A, 5) raw predictions of the whole image (in training also flipped).
         p5: (B, 4, A, 5) raw predictions of the quadrants.
-        probed: patches of each level that was reached.
+        probed: patches of each probed level.
     """
 
     anchors: Anchors
@@ -131,7 +130,7 @@ Completion = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tenso
 
 
 class AdaptiveAnchorGenerator(nn.Module):
-    """Image features -> a varying number of anchors an image."""
+    """Generates a variable number of anchors an image from its features."""
 
     def __init__(
         self,
@@ -146,12 +145,12 @@ class AdaptiveAnchorGenerator(nn.Module):
         Args:
             network: predicts anchors from patches.
             rules: thresholds and limits.
-            inference_rules: those of inference, where they differ.
-            patch_capacity: patch slots an image and level; 0 takes what the fullest image needs.
-            anchor_capacity: anchor slots an image; 0 takes what the fullest image needs.
+            inference_rules: rules of inference; None uses `rules`.
+            patch_capacity: patch slots an image and level; 0 is that of the fullest image.
+            anchor_capacity: anchor slots an image; 0 is that of the fullest image.
 
         Raises:
-            ValueError: only one capacity is given.
+            ValueError: only one of the capacities is positive.
         """
         super().__init__()
         if bool(patch_capacity) != bool(anchor_capacity):
@@ -168,7 +167,7 @@ class AdaptiveAnchorGenerator(nn.Module):
 
     @property
     def static(self) -> bool:
-        """Whether all shapes are fixed and the host never waits."""
+        """True if all shapes are fixed, so that no synchronization is needed."""
         return self.patch_capacity > 0
 
     def forward(
@@ -178,12 +177,13 @@ class AdaptiveAnchorGenerator(nn.Module):
         completion: Completion | None = None,
         probing: Tensor | None = None,
     ) -> GeneratedAnchors:
-        """
+        """Generates the anchors.
+
         Args:
             maps: P3, P4, P5, each (B, C, H, W).
             whwh: (B, 4) sizes of the unpadded images.
-            completion: adds training patches to the generated ones of a level; None is inference.
-            probing: 0-d bool, False selects nothing (start of training); None is True.
+            completion: adds training patches to the generated ones of a level; None in inference.
+            probing: 0-d bool, False disables probing (start of training); None is True.
         """
         rules = self.inference_rules if completion is None else self.rules
         p6, p5 = self.network.fixed(maps[2], whwh, flips=completion is not None)
@@ -217,8 +217,10 @@ class AdaptiveAnchorGenerator(nn.Module):
         rules: ProbingRules,
         completion: Completion | None,
     ) -> ProbedPatches:
-        """Adaptive Probing: patches around selected anchors, thinned by NMS *before* they are
-        moved inside the image, and their predictions."""
+        """Adaptive Probing: predicts anchors in patches around selected anchors.
+
+        NMS on the patches precedes moving them inside the image.
+        """
         stride = 2**level
         center, extent = current.boxes_cxcywh[..., :2], float(self.network.side * stride)
         squares = torch.cat((center - extent / 2, center + extent / 2), dim=-1)
@@ -241,7 +243,7 @@ class AdaptiveAnchorGenerator(nn.Module):
         return ProbedPatches(level, self.network.side, corner, valid, forward, raw, count, kind)
 
     def assemble(self, settled: list[Anchors], whwh: Tensor, max_anchors: int) -> Anchors:
-        """All levels' anchors of an image, best first, at most `max_anchors`; padding last."""
+        """Returns the best `max_anchors` anchors of all levels, best first, padding last."""
         boxes = torch.cat([x.boxes_cxcywh for x in settled], dim=1)
         scores = torch.cat([x.scores for x in settled], dim=1)
         valid = torch.cat([x.valid for x in settled], dim=1)
@@ -250,8 +252,8 @@ class AdaptiveAnchorGenerator(nn.Module):
             slots = min(slots, self.anchor_capacity)
         else:
             slots = min(slots, max(1, int(valid.sum(dim=1).max())))
-        # Stable: among equal scores (useless anchors all have 0) the earlier ones stay, however
-        # many slots of padding lie between them.
+        # Stable, so that the order of equal scores (useless anchors all have 0) does not depend on
+        # the padding between them.
         scores, index = scores.masked_fill(~valid, -1).sort(dim=1, descending=True, stable=True)
         scores, index = scores[:, :slots], index[:, :slots]
         valid = scores >= 0
@@ -262,8 +264,8 @@ class AdaptiveAnchorGenerator(nn.Module):
 
 
 def select(anchors: Anchors, largest: float, rules: ProbingRules) -> Tensor:
-    """(B, A) bool: anchors that are unsure, and with sides below `largest` pixels small enough for
-    a patch of the next level."""
+    """Returns a mask (B, A) of the anchors to probe: uncertain ones with sides below `largest`
+    pixels, which fit a patch of the next level."""
     selected = (
         anchors.valid
         & (anchors.scores > rules.eta_l)
@@ -274,23 +276,23 @@ def select(anchors: Anchors, largest: float, rules: ProbingRules) -> Tensor:
 
 
 def settle(leaving: Anchors, level: Anchors, rules: ProbingRules, first: bool) -> Anchors:
-    """What a level gives to the detector: `leaving` above eta_f, and from the `first` level at
-    least min_anchors, which may be any of the `level`."""
+    """Returns the final anchors of a level: those of `leaving` with scores above eta_f, and for the
+    `first` level at least the min_anchors best of `level`."""
     final = leaving.where(leaving.scores > rules.eta_f)
     if not first or not rules.min_anchors:
         return final
     best = level.scores.topk(min(rules.min_anchors, level.scores.shape[1]), dim=1).indices
     fallback = torch.zeros_like(level.valid).scatter(1, best, 1)
     enough = final.valid.sum(dim=1, keepdim=True) >= rules.min_anchors
-    # In logic, not as a choice between masks: onnxruntime chooses between numbers only.
+    # Logical operators instead of torch.where, which onnxruntime does not support for bool.
     valid = (final.valid & enough) | (fallback & ~enough)
     return Anchors(final.boxes_cxcywh, final.scores, valid)
 
 
 @torch.no_grad()
 def fixed_anchors(p5: Tensor, p6: Tensor, whwh: Tensor, min_side: float) -> Anchors:
-    """Anchors of the four quadrants and of the whole image, in that order: raw (B, 4, A, 5) and
-    (B, 1, A, 5) -> (B, 5 A)."""
+    """Converts the raw predictions of the quadrants (B, 4, A, 5) and of the whole image
+    (B, 1, A, 5) to anchors (B, 5 A), in that order."""
     offset = p5.new_zeros(4, 1, 4)
     offset[1::2, :, 0] = 0.5
     offset[2:, :, 1] = 0.5
@@ -304,7 +306,7 @@ def fixed_anchors(p5: Tensor, p6: Tensor, whwh: Tensor, min_side: float) -> Anch
 
 @torch.no_grad()
 def probed_anchors(patches: ProbedPatches, whwh: Tensor, min_side: float) -> Anchors:
-    """Anchors of probed patches whose anchors go on, (B, P, A, 5) -> (B, P A)."""
+    """Converts the raw predictions of probed patches (B, P, A, 5) to anchors (B, P A)."""
     stride, raw = patches.stride, patches.raw
     center = (raw[..., :2] * patches.side + patches.corner[:, :, None]) * stride
     size = raw[..., 2:4] * (patches.side * stride)

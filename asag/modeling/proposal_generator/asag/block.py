@@ -1,5 +1,5 @@
-"""From anchors to dynamic proposals: features of each anchor, one round of self-attention, a first
-answer (ASAG, Section 3.3).
+"""Proposal block: RoI features of each anchor, self-attention, and first predictions (ASAG, Section
+3.3).
 
 B images, N queries, C channels, K classes.
 """
@@ -20,7 +20,7 @@ from ...layers.xyzr import XYZRPredictor, boxes_to_xyzr
 
 
 class ProposalBlock(nn.Module):
-    """Turns anchors into queries with content, class logits and refined boxes."""
+    """Computes content, class logits and refined boxes of anchors."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class ProposalBlock(nn.Module):
     ) -> None:
         """
         Args:
-            pooler: reads the features of an anchor.
+            pooler: pools the features of an anchor.
             dim: channels C.
             num_logits: K, or K + 1 with a background column.
             num_heads: attention heads.
@@ -46,7 +46,7 @@ class ProposalBlock(nn.Module):
             num_cls_layers, num_reg_layers: depth of the towers.
             activation: of feed-forward block and towers.
             dropout: rate in attention and feed-forward block.
-            prior_prob: class probability at the start; None for softmax classifiers.
+            prior_prob: initial class probability; None for softmax classifiers.
         """
         super().__init__()
         self.pooler = pooler
@@ -68,14 +68,15 @@ class ProposalBlock(nn.Module):
     def forward(
         self, maps: Sequence[Tensor], anchors_xyxy: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Computes queries for the anchors.
+
         Args:
             maps: (B, C, H, W) a level.
             anchors_xyxy: (B, N, 4) pixels, without gradient.
-            valid: (B, N) or (B, N, N) bool (who may be attended), or None for everybody.
+            valid: (B, N) or (B, N, N) attention mask; None if all anchors are valid.
 
         Returns:
-            Content (B, N, C), logits (B, N, K) and proposals (B, N, 4) xyxy in pixels, which start
+            Content (B, N, C), logits (B, N, K) and proposals (B, N, 4) xyxy in pixels, initially
             equal to the anchors.
         """
         pooled = self.pooler(maps, anchors_xyxy).flatten(1)  # (B * N, C * P * P)
@@ -87,7 +88,7 @@ class ProposalBlock(nn.Module):
 
 
 def build_proposal_block(cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> ProposalBlock:
-    """The block on the maps of `MODEL.ROI_HEADS.IN_FEATURES`, by `MODEL.DECODER` and
+    """Builds the block on the maps of `MODEL.ROI_HEADS.IN_FEATURES` by `MODEL.DECODER` and
     `MODEL.ASAG`."""
     decoder, heads = cfg.MODEL.DECODER, cfg.MODEL.ROI_HEADS
     focal = cfg.MODEL.CRITERION.CLASS_LOSS == "focal"

@@ -1,8 +1,8 @@
-"""Denoising queries: noised ground truths that train the stages beside the anchors (ASAG,
-supplement, Table A-1; Li et al., "DN-DETR", CVPR 2022).
+"""Denoising queries: noised ground truth boxes beside the anchors in training (ASAG, supplement,
+Table A-1; Li et al., "DN-DETR", CVPR 2022).
 
-There is no label noise and no label embedding: a noised box gets its content from RoIAlign, like an
-anchor. B images, D denoising queries, N anchors, L = D + N, M padded ground truths.
+There is no label noise and no label embedding: the content of a noised box comes from RoIAlign, as
+for an anchor. B images, D denoising queries, N anchors, L = D + N, M padded ground truths.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from ...layers.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from .training_patches import Uniform, draw_uniform
 
 
-def noised_truth(targets: Targets, slots: int) -> tuple[Tensor, Tensor]:
-    """Which object each denoising query is a copy of.
+def noised_gt(targets: Targets, slots: int) -> tuple[Tensor, Tensor]:
+    """Assigns objects to the denoising queries.
 
-    An image with g objects gets floor(D / g) groups of all its objects in order; what is left over
-    is padding, which is all there is where g is 0 or more than D.
+    An image with g objects gets floor(D / g) groups of all its objects in order; the remaining
+    slots are padding, which includes all slots if g is 0 or larger than D.
 
     Args:
         targets: padded ground truth.
         slots: D.
 
     Returns:
-        Ground truth (B, D) int64, -1 on padding, and group (B, D) int64, -1 on padding.
+        Index of the ground truth and of the group, (B, D) int64 each, -1 on padding.
     """
     count = targets.valid.sum(dim=1, keepdim=True)
     divisor = count.clamp(min=1)
@@ -39,12 +39,12 @@ def noised_truth(targets: Targets, slots: int) -> tuple[Tensor, Tensor]:
 def noised_boxes(
     targets: Targets, gt: Tensor, noise: Tensor | float, uniform: Uniform = draw_uniform
 ) -> Tensor:
-    """Boxes (B, D, 4) xyxy in pixels: copies of objects, moved and resized at random.
+    """Returns randomly moved and resized copies of the objects, (B, D, 4) xyxy in pixels.
 
     Args:
         targets: padded ground truth.
         gt: ground truth (B, D) int64, -1 on padding, which gets the whole image.
-        noise: largest change of a side, in sides, and of a center, in half sides (lambda).
+        noise: lambda, largest change of a side in sides, and of a center in half sides.
         uniform: source of randomness.
     """
     scale = targets.image_whwh[:, None]
@@ -58,15 +58,15 @@ def noised_boxes(
 
 
 def attendable_pairs(group: Tensor, anchors_valid: Tensor, no_objects: Tensor) -> Tensor:
-    """Who may attend to whom: denoising queries first, then anchors.
+    """Returns the attention mask of denoising queries and anchors, in that order.
 
-    Anchors never see denoising queries, which know the answers; groups see neither each other nor
-    padding; all see the real anchors. In images without objects denoising slots see everything.
+    Anchors do not attend to denoising queries, which contain the ground truth. Denoising queries
+    attend to those of their group and to the valid anchors; in images without objects, to all.
 
     Args:
         group: (B, D) int64, -1 on padding.
         anchors_valid: (B, N) bool.
-        no_objects: (B,) bool, which images have none.
+        no_objects: (B,) bool mask of the images without objects.
 
     Returns:
         (B, L, L) bool, queries in rows, keys in columns.

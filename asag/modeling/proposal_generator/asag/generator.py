@@ -1,5 +1,5 @@
-"""The proposal generator of ASAG: adaptive sparse anchors, then one proposal block (Fu et al., ICCV
-2023, Fig. 4).
+"""Proposal generator of ASAG: adaptive sparse anchors and a proposal block (Fu et al., ICCV 2023,
+Fig. 4).
 
 B images, N queries, D denoising queries, C channels, K classes.
 """
@@ -23,7 +23,7 @@ from ...registry import check_features
 from .anchor_loss import AnchorCriterion
 from .anchors import AdaptiveAnchorGenerator, GeneratedAnchors, ProbingRules
 from .block import ProposalBlock, build_proposal_block
-from .denoising import attendable_pairs, noised_boxes, noised_truth
+from .denoising import attendable_pairs, noised_boxes, noised_gt
 from .network import AnchorNetwork
 from .training_patches import PatchCompletion, Uniform, draw_uniform
 
@@ -33,10 +33,10 @@ FAST_MIN_SELECTED, FAST_MAX_PATCHES = 3, 15  # the paper's fast inference, Secti
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
 class AdaptiveSparseAnchors(nn.Module):
-    """As many queries as the image needs, each with content, a class and a box.
+    """Queries from a variable number of anchors an image, with content, class logits and boxes.
 
-    Its losses are those of the anchors; what the proposal block says of class and box goes on with
-    the queries and is supervised like a stage.
+    The losses are those of the anchors; the predictions of the proposal block are passed on with
+    the queries and supervised like those of a stage.
     """
 
     @configurable
@@ -60,13 +60,14 @@ class AdaptiveSparseAnchors(nn.Module):
             generator: features -> anchors.
             block: anchors -> queries.
             criterion: losses of the anchors.
-            anchor_features: names of the maps of strides 8, 16 and 32.
-            block_features: names of the maps that the block reads, finest first.
-            min_patches: training patches that every image has at least on P4 and on P3.
-            warmup_steps: training passes at the start without probing, on ground-truth patches.
-            num_denoising: denoising queries D while training; 0 is off.
+            anchor_features: names of the feature maps of strides 8, 16 and 32.
+            block_features: names of the feature maps of the block, finest first.
+            min_patches: smallest number of training patches an image on P4 and on P3.
+            warmup_steps: forward passes at the start of training without probing, on ground-truth
+                patches.
+            num_denoising: denoising queries D in training; 0 is off.
             noise: of their boxes, see `noised_boxes`.
-            noise_decay: decrease of the noise a training pass.
+            noise_decay: decrease of the noise a forward pass in training.
             uniform: source of randomness.
         """
         super().__init__()
@@ -81,7 +82,7 @@ class AdaptiveSparseAnchors(nn.Module):
         self.noise = noise
         self.noise_decay = noise_decay
         self.uniform = uniform
-        # Training passes so far; on the device, so that nothing has to wait for it.
+        # Number of forward passes in training, on the device to avoid synchronization.
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     @classmethod
@@ -112,18 +113,19 @@ class AdaptiveSparseAnchors(nn.Module):
 
     @property
     def compilable(self) -> tuple[nn.Module, ...]:
-        """Parts for `torch.compile`: with fixed capacities the anchors are one graph, where sizes
-        follow the data they would be many small ones."""
+        """Modules for `torch.compile`; the anchor generator only with fixed capacities, because
+        data-dependent sizes would break its graph."""
         return (self.generator, self.block) if self.generator.static else (self.block,)
 
     def forward(
         self, features: dict[str, Tensor], sizes: ImageSizes, targets: Targets | None = None
     ) -> tuple[Queries, dict[str, Tensor]]:
-        """
+        """Generates the queries.
+
         Args:
             features: name -> (B, C, H, W).
             sizes: of the B images.
-            targets: padded ground truth while training; None is inference.
+            targets: padded ground truth in training; None in inference.
 
         Returns:
             Queries (B, N), or (B, D + N) with denoising, and the losses of the anchors.
@@ -133,7 +135,7 @@ class AdaptiveSparseAnchors(nn.Module):
         boxes_xyxy, valid = cxcywh_to_xyxy(anchors.boxes_cxcywh), anchors.valid
         attend = gt = None
         if targets is not None and self.num_denoising:
-            gt, group = noised_truth(targets, self.num_denoising)
+            gt, group = noised_gt(targets, self.num_denoising)
             noised = noised_boxes(targets, gt, self._current_noise(), self.uniform)
             attend = attendable_pairs(group, valid, ~targets.valid.any(dim=1))
             boxes_xyxy = torch.cat((noised, boxes_xyxy), dim=1)
@@ -146,7 +148,7 @@ class AdaptiveSparseAnchors(nn.Module):
         queries = Queries(
             content=content,
             valid=valid,
-            # Where the stages look is not for them to learn.
+            # The stages do not train the boxes that they start from.
             boxes_xyxy=proposals_xyxy.detach(),
             all_valid=all_valid,
             attend=attend,
@@ -163,7 +165,7 @@ class AdaptiveSparseAnchors(nn.Module):
     def generate(
         self, features: dict[str, Tensor], sizes: ImageSizes, targets: Targets | None = None
     ) -> GeneratedAnchors:
-        """The anchors alone, in full precision: thresholds decide what a rounding error changes."""
+        """Generates the anchors only, in full precision because of the thresholds on scores."""
         maps = [at_least_float32(features[f]) for f in self.anchor_features]
         completion = probing = None
         if targets is not None:
@@ -182,13 +184,13 @@ class AdaptiveSparseAnchors(nn.Module):
             return self.generator(maps, sizes.whwh, completion, probing)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        # Published weights carry no count; they are past the warm-up.
+        # Published weights have no count; they are past the warm-up.
         if prefix + "steps" not in state_dict and any(x.startswith(prefix) for x in state_dict):
             state_dict[prefix + "steps"] = torch.full_like(self.steps, self.warmup_steps)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _all_valid(self, batch: int) -> bool:
-        """A single image needs no padding, unless its number of slots is fixed."""
+        """True for a single image, which needs no padding unless the number of slots is fixed."""
         return not self.generator.static and batch == 1 and self.generator.rules.min_anchors > 0
 
     def _current_noise(self) -> Tensor | float:

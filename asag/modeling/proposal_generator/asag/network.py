@@ -1,4 +1,4 @@
-"""The network of the Adaptive Sparse Anchor Generator: patch in, a few anchors out.
+"""Network of the Adaptive Sparse Anchor Generator, which predicts a few anchors from a patch.
 
 ASAG (Fu et al., ICCV 2023), Section 3.2 and Fig. 4. B images, P patches of T = side x side
 tokens, C channels after compression, A anchors of a patch.
@@ -18,7 +18,7 @@ P5_STRIDE = 32
 
 
 class PatchTokens(nn.Module):
-    """Norm over a whole patch, then a learned position: (..., T, C) -> (..., T * C)."""
+    """Norm over a whole patch and learned position embedding, (..., T, C) -> (..., T * C)."""
 
     def __init__(self, *, channels: int, side: int) -> None:
         super().__init__()
@@ -46,10 +46,10 @@ def _mlp(in_dim: int, hidden_dim: int, num_anchors: int) -> nn.Sequential:
 
 
 class AnchorNetwork(nn.Module):
-    """Compression, tokens and the two MLPs.
+    """Compression of the features, tokens of the patches and two MLPs.
 
-    Outputs hold, for each anchor, center and size relative to the patch (0 to 1) and the location
-    *logit*. There is no prior box: anchors come from the patch's content alone.
+    The outputs of an anchor are center and size relative to the patch (0 to 1) and the location
+    *logit*. There are no prior boxes.
     """
 
     def __init__(
@@ -68,10 +68,10 @@ class AnchorNetwork(nn.Module):
             channels: C.
             fixed_anchors: anchors of each P5 quadrant and of P6 (n1).
             patch_anchors: anchors of each probed patch (n2).
-            side: cells of a patch's side.
-            anchor_init: "random" as the authors', where every anchor starts as half of its patch
-                and has to find a place of its own; "grid" spreads them over the patch, which
-                spares a training from scratch on little data that search (not in the paper).
+            side: side of a patch in cells.
+            anchor_init: "random", as in the authors' code, starts all anchors near half of the
+                patch; "grid" spreads them over the patch, for training from scratch on little data
+                (not in the paper).
         """
         super().__init__()
         self.side = side
@@ -83,8 +83,8 @@ class AnchorNetwork(nn.Module):
         )  # P5, P4, P3
         self.fixed_mlp = _mlp(in_dim, hidden_dim, fixed_anchors)
         self.patch_mlp = _mlp(in_dim, hidden_dim, patch_anchors)
-        # The authors' code draws every parameter with two dimensions from Xavier's distribution,
-        # which includes weight and bias of the joint norms.
+        # The authors' code initializes all parameters with two dimensions by Xavier, including
+        # weight and bias of the norms over patches.
         xavier_init_matrices(self)
         for tokens in self.tokens:
             nn.init.zeros_(tokens.position)
@@ -93,12 +93,12 @@ class AnchorNetwork(nn.Module):
                 _start_on_grid(mlp[-1])
 
     def fixed(self, p5: Tensor, whwh: Tensor, flips: bool) -> tuple[Tensor, Tensor]:
-        """The part that always runs.
+        """Predicts the anchors of the fixed part, P6 and the quadrants of P5.
 
         Args:
             p5: (B, dim, H, W) map of stride 32.
             whwh: (B, 4) sizes of the unpadded images.
-            flips: also predict from P6 mirrored horizontally, vertically and both ways (training).
+            flips: also predict from P6 flipped horizontally, vertically and both ways (training).
 
         Returns:
             P6 (B, 1 or 4, A, 5), and the quadrants of P5 (B, 4, A, 5): top left, top right, bottom
@@ -115,7 +115,7 @@ class AnchorNetwork(nn.Module):
         return raw[:, : len(views)], raw[:, len(views) :]
 
     def probe(self, compressed: Tensor, corner: Tensor, level: int) -> Tensor:
-        """Anchors of patches of P4 or P3.
+        """Predicts the anchors of patches of P4 or P3.
 
         Args:
             compressed: (B, C, H, W) map of the level.
@@ -130,14 +130,14 @@ class AnchorNetwork(nn.Module):
 
 
 def _anchors(output: Tensor) -> Tensor:
-    """(..., 5 A) -> (..., A, 5): box numbers through a sigmoid, the location logit as it is."""
+    """Converts outputs (..., 5 A) to anchors (..., A, 5) with boxes by a sigmoid."""
     raw = output.unflatten(-1, (-1, 5))
     return torch.cat((raw[..., :4].sigmoid(), raw[..., 4:]), dim=-1)
 
 
 @torch.no_grad()
 def _start_on_grid(last: nn.Linear) -> None:
-    """Sets the biases so that the anchors lie on a square grid, each twice as large as its cell."""
+    """Sets the biases to anchors on a square grid, each with twice the sides of its cell."""
     anchors = last.bias.view(-1, 5)
     cells = math.ceil(len(anchors) ** 0.5)
     index = torch.arange(len(anchors), device=last.bias.device)

@@ -1,4 +1,4 @@
-"""Which objects a patch answers for, in the patch's own coordinates.
+"""Targets of patches, in coordinates of the patch.
 
 ASAG (Fu et al., ICCV 2023), Section 3.3, and the authors' code. B images, P patches, M padded
 ground truths. Boxes are cxcywh in shares of the patch.
@@ -20,8 +20,8 @@ class PatchTargets:
     """Ground truth of patches.
 
     Attributes:
-        boxes_cxcywh: (B, P, M, 4) relative to the patch; a positive size everywhere.
-        valid: (B, P, M) bool, which objects belong to the patch.
+        boxes_cxcywh: (B, P, M, 4) relative to the patch, of positive size also on padding.
+        valid: (B, P, M) bool mask of the objects that belong to the patch.
     """
 
     boxes_cxcywh: Tensor
@@ -29,13 +29,13 @@ class PatchTargets:
 
 
 def whole_image_targets(targets: Targets, flips: bool, released_flip: bool = False) -> PatchTargets:
-    """Targets of P6: all objects.
+    """Returns the targets of P6: all objects.
 
     Args:
         targets: padded ground truth.
-        flips: also for the map mirrored horizontally, vertically and both ways.
-        released_flip: flip as the authors' code does, which takes center and size for corners, so
-            that three of the four are wrong. Only to reproduce the published training.
+        flips: also return those of P6 flipped horizontally, vertically and both ways.
+        released_flip: flip like the authors' code, which treats center and size as corners, so that
+            three of the four are wrong. Only to reproduce the published training.
     """
     boxes = xyxy_to_cxcywh(targets.boxes_xyxy / targets.image_whwh[:, None])
     views = [boxes]
@@ -60,7 +60,8 @@ def _released_flip(boxes_cxcywh: Tensor, axis: int) -> Tensor:
 
 
 def quadrant_targets(targets: Targets) -> PatchTargets:
-    """Targets of the quadrants of P5: objects whose center lies in the closed quadrant."""
+    """Returns the targets of the quadrants of P5: objects with their center in the quadrant,
+    including its border."""
     quadrant = torch.arange(4, device=targets.image_whwh.device)
     corner = torch.stack((quadrant % 2, quadrant // 2), dim=-1)  # (4, 2)
     half = targets.image_whwh[:, None, :2] / 2
@@ -68,8 +69,8 @@ def quadrant_targets(targets: Targets) -> PatchTargets:
 
 
 def probed_targets(targets: Targets, corner: Tensor, stride: int, side: int) -> PatchTargets:
-    """Targets of patches of `side` cells with these corners (B, P, 2) in cells: objects with their
-    center in the closed patch that are no larger than the patch."""
+    """Returns the targets of patches with corners (B, P, 2) and sides of `side` cells: objects with
+    their center in the closed patch that are not larger than the patch."""
     extent = targets.image_whwh.new_full((1, 1, 2), side * stride)
     low = corner.to(extent.dtype) * stride
     result = window_targets(targets, low, extent)
@@ -79,7 +80,7 @@ def probed_targets(targets: Targets, corner: Tensor, stride: int, side: int) -> 
 
 
 def window_targets(targets: Targets, low: Tensor, size: Tensor) -> PatchTargets:
-    """Objects whose center lies in a closed window, clipped to it and in its coordinates.
+    """Returns the objects with their center in a closed window, clipped and in its coordinates.
 
     Args:
         targets: padded ground truth.
@@ -93,7 +94,8 @@ def window_targets(targets: Targets, low: Tensor, size: Tensor) -> PatchTargets:
     valid = inside & targets.valid[:, None]
     relative = torch.cat(((boxes[..., :2] - low) / size, (boxes[..., 2:] - low) / size), dim=-1)
     relative = relative.clamp(0, 1)
-    # Boxes of other windows may be empty here; the whole window keeps all arithmetic finite.
+    # Boxes of other windows may be empty here; the whole window replaces them, so that all
+    # arithmetic stays finite.
     whole = relative.new_zeros(4)
     whole[2:] = 1
     return PatchTargets(xyxy_to_cxcywh(torch.where(valid[..., None], relative, whole)), valid)

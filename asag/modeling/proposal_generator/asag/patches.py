@@ -1,8 +1,8 @@
-"""Square patches of feature maps: choosing, placing and cutting them, for all images at once.
+"""Square patches of feature maps: suppression, placement and cropping for all images at once.
 
 ASAG (Fu et al., ICCV 2023), Section 3.2. B images, A anchors, P patches, C channels. A patch has
 `side` x `side` = T cells, which become its tokens. Corners are (column, row) in cells of the map
-that a patch is cut from.
+that a patch is cropped from.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ def greedy_nms(
     limit: int | None = None,
     static: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Non-maximum suppression in every image at once: each round picks every image's best box.
+    """Non-maximum suppression for all images at once: each round picks the best box of every image.
 
     Args:
         boxes_xyxy: (B, A, 4).
         scores: (B, A), finite.
-        candidates: (B, A) bool, which boxes take part.
-        iou_threshold: a pick suppresses what overlaps it by more.
-        limit: most picks an image; None picks until nothing is left.
-        static: always `limit` rounds, without a look at the data from the host.
+        candidates: (B, A) bool mask of the boxes that take part.
+        iou_threshold: a pick suppresses boxes with a larger IoU.
+        limit: largest number of picks an image; None is no limit.
+        static: always run `limit` rounds, without synchronization.
 
     Returns:
-        Indices (B, P) in falling order of score, and (B, P) bool which of them are picks: P is the
-        largest number of picks of an image, or `limit` when static.
+        Indices (B, P) in descending order of score, and a mask (B, P) of the picks. P is the
+        largest number of picks of an image, or `limit` if `static`.
 
     Raises:
-        ValueError: static without a limit.
+        ValueError: `static` without a limit.
     """
     if static and limit is None:
-        raise ValueError("static suppression needs a limit of picks")
+        raise ValueError("limit is None; static suppression needs a number")
     if static and _OPERATOR is not None and torch.compiler.is_compiling() and not is_exporting():
         return _OPERATOR(boxes_xyxy, scores, candidates, iou_threshold, limit)
     left = scores.masked_fill(~candidates, -torch.inf)
@@ -86,8 +86,10 @@ def _static_nms_shapes(
 
 
 def _nms_operator() -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """Static suppression as one operator, for the compiler: it would write out every round, and
-    take minutes for what is a few kernels a round anyway. None before torch 2.4."""
+    """Registers static suppression as an operator; None before torch 2.4.
+
+    The compiler would unroll its rounds, which takes minutes without making it faster.
+    """
     if not hasattr(torch.library, "custom_op"):
         return None
     operator = torch.library.custom_op("asag::greedy_nms", _static_nms, mutates_args=())
@@ -101,11 +103,11 @@ _OPERATOR = _nms_operator()
 def _suppression(
     boxes_xyxy: Tensor, iou_threshold: float, all_pairs: bool
 ) -> Callable[[Tensor], Tensor]:
-    """A function from picks (B, 1) to (B, A) bool, what they suppress: themselves and all that they
-    overlap by more than the threshold.
+    """Returns a function from picks (B, 1) to masks (B, A) of the boxes they suppress: themselves
+    and all boxes that overlap them by more than the threshold.
 
-    All pairs at once cost memory and leave a lookup to each pick; that pays where the number of
-    picks is fixed, and an exported graph holds every one of them.
+    With `all_pairs` the IoUs are computed beforehand: this needs more memory but leaves only a
+    lookup to each pick, which is better for static shapes and exported graphs.
     """
     count = boxes_xyxy.shape[1]
     # An empty box does not overlap itself.
@@ -123,31 +125,33 @@ def _suppression(
 
 
 def map_cells(whwh: Tensor, stride: int) -> Tensor:
-    """(B, 1, 2) columns and rows that the unpadded images cover in a map of this stride."""
+    """Returns the columns and rows (B, 1, 2) of the unpadded images in a map of this stride."""
     return (whwh[:, None, :2] / stride).ceil()
 
 
 def pull_inside(corner: Tensor, cells: Tensor, side: int) -> Tensor:
-    """Moves corners (B, P, 2) up and left until patches end with the image; may go below zero."""
+    """Moves corners (B, P, 2) up and left until patches end inside of the image; may become
+    negative."""
     return torch.minimum(corner, cells - side)
 
 
 def centered_corners(center_xy: Tensor, whwh: Tensor, stride: int, side: int) -> Tensor:
-    """Corners (B, P, 2) int64 of patches around centers (B, P, 2) in pixels, inside the image.
+    """Returns corners (B, P, 2), int64, of patches around centers (B, P, 2) in pixels.
 
-    Where the image has fewer than `side` cells the corner is 0 and the patch runs into the padding.
+    Patches are moved inside of the image; if it has fewer than `side` cells, the corner is 0 and
+    the patch includes padding.
     """
     corner = (center_xy / stride - side / 2).floor()
     return pull_inside(corner, map_cells(whwh, stride), side).long().clamp(min=0)
 
 
 def crop_patches(features: Tensor, corner: Tensor, side: int) -> Tensor:
-    """Cuts patches out of maps in one gather.
+    """Crops patches from feature maps by one gather.
 
     Args:
-        features: (B, C, H, W); zeros are added right and below up to `side` cells.
+        features: (B, C, H, W), padded with zeros at the right and bottom to at least `side` cells.
         corner: (B, P, 2) int64.
-        side: cells of a patch's side.
+        side: side of a patch in cells.
 
     Returns:
         (B, P, T, C), tokens row by row.
@@ -162,16 +166,16 @@ def crop_patches(features: Tensor, corner: Tensor, side: int) -> Tensor:
 
 
 def resize_valid(features: Tensor, whwh: Tensor, stride: int, size: int) -> Tensor:
-    """Resizes the part of each map that its image covers to `size` x `size`.
+    """Resizes the valid part of each feature map to `size` x `size`.
 
-    Bilinear without half-pixel alignment of corners, as `F.interpolate` does, written as two
-    products with hat functions: every image has its own extent and needs no loop.
+    Bilinear like `F.interpolate` with align_corners=False, computed by two products with hat
+    functions, so that images of different sizes need no loop.
 
     Args:
         features: (B, C, H, W).
         whwh: (B, 4) sizes of the unpadded images.
         stride: pixels a cell; the image covers round(size / stride) cells, halves to even.
-        size: cells of the result's side.
+        size: side of the result in cells.
 
     Returns:
         (B, C, size, size).
@@ -183,7 +187,7 @@ def resize_valid(features: Tensor, whwh: Tensor, stride: int, size: int) -> Tens
 
 
 def _hat_weights(extent: Tensor, cells: int, samples: int) -> Tensor:
-    """(B, samples, cells): how much each cell adds to each sample along one axis."""
+    """Returns the weights (B, samples, cells) of the cells in each sample along one axis."""
     extent = extent.clamp(max=cells)[:, None]
     sample = torch.arange(samples, device=extent.device, dtype=extent.dtype) + 0.5
     position = sample * (extent / samples) - 0.5  # (B, samples)

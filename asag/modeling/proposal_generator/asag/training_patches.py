@@ -1,4 +1,4 @@
-"""Patches that training adds to the generated ones, so that every image and level has enough.
+"""Training patches, which are added to the generated ones up to a minimum for each image and level.
 
 ASAG (Fu et al., ICCV 2023), Section 3.2 and the authors' code. B images, P patches, M padded ground
 ground truths, G generated patches.
@@ -21,7 +21,7 @@ Uniform = Callable[[tuple[int, ...], torch.device], Tensor]
 
 
 class PatchKind(IntEnum):
-    """Where a training patch comes from."""
+    """Source of a training patch."""
 
     GENERATED = 0
     GROUND_TRUTH = 1
@@ -29,15 +29,15 @@ class PatchKind(IntEnum):
 
 
 def draw_uniform(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Draws on the device, from torch's default generator."""
+    """Draws from torch's default generator of the device."""
     return torch.rand(shape, device=device)
 
 
 class PatchCompletion:
-    """Fills the patches of a level up to a minimum: ground-truth patches first, then random ones.
+    """Completes the patches of a level to a minimum: ground-truth patches first, then random ones.
 
-    Patches that were not generated only serve the loss; their anchors do not go on. Warm-up is
-    different: nothing is generated, *all* ground-truth patches are used, and theirs do go on.
+    Added patches are used in the loss only; their anchors do not become queries. In the warm-up
+    nothing is generated, *all* ground-truth patches are used, and their anchors become queries.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class PatchCompletion:
         """
         Args:
             targets: padded ground truth.
-            side: cells of a patch's side.
-            minimum: patches that every image has at least in each level (N_TP).
+            side: side of a patch in cells.
+            minimum: smallest number of patches of an image in each level (N_TP).
             iou_threshold: of the NMS on ground-truth boxes.
-            warmup: 0-d bool on the device, whether this is the first epoch; None is not.
-            capacity: patch slots an image; 0 takes what the fullest image needs.
+            warmup: 0-d bool on the device, True during the warm-up; None is False.
+            capacity: patch slots an image; 0 is that of the fullest image.
             uniform: source of randomness.
         """
         self.targets = targets
@@ -73,30 +73,31 @@ class PatchCompletion:
     def __call__(
         self, stride: int, corner: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """
+        """Adds patches to the generated ones of a level.
+
         Args:
             stride: of the level.
             corner: (B, G, 2) int64 of the generated patches.
             valid: (B, G) bool.
 
         Returns:
-            corner (B, P, 2), valid, forward (B, P) bool and kind (B, P) int64 of all patches:
-            generated, ground truth, random, then slots without a patch.
+            corner (B, P, 2), valid and forward (B, P) bool, and kind (B, P) int64 of all patches:
+            generated, ground truth, random, then empty slots.
         """
-        gt, truth_exists = self.ground_truth_patches(stride)
+        gt, gt_exists = self.ground_truth_patches(stride)
         generated = valid.sum(dim=1, keepdim=True)
         missing = (self.minimum - generated).clamp(min=0)
-        truth_used = truth_exists & (self._shuffled_rank(truth_exists) < missing)
-        truth_used = torch.where(self.warmup, truth_exists, truth_used)
-        missing = missing - truth_used.sum(dim=1, keepdim=True)
+        gt_used = gt_exists & (self._shuffled_rank(gt_exists) < missing)
+        gt_used = torch.where(self.warmup, gt_exists, gt_used)
+        missing = missing - gt_used.sum(dim=1, keepdim=True)
         random = self.random_patches(stride)
         random_used = torch.arange(self.minimum, device=valid.device) < missing  # (B, minimum)
-        used = torch.cat((valid, truth_used, random_used), dim=1)
-        forward = torch.cat((valid, truth_used & self.warmup, torch.zeros_like(random_used)), dim=1)
+        used = torch.cat((valid, gt_used, random_used), dim=1)
+        forward = torch.cat((valid, gt_used & self.warmup, torch.zeros_like(random_used)), dim=1)
         kind = torch.cat(
             [
                 torch.full_like(mask, int(k), dtype=torch.long)
-                for k, mask in zip(PatchKind, (valid, truth_used, random_used), strict=True)
+                for k, mask in zip(PatchKind, (valid, gt_used, random_used), strict=True)
             ],
             dim=1,
         )
@@ -107,10 +108,11 @@ class PatchCompletion:
         return corner, used.gather(1, first), forward.gather(1, first), kind.gather(1, first)
 
     def ground_truth_patches(self, stride: int) -> tuple[Tensor, Tensor]:
-        """Patches that hold a small object at a random place, (B, P, 2) and (B, P) bool.
+        """Returns patches with a small object at a random position: corners (B, P, 2) and mask
+        (B, P).
 
-        The NMS prefers objects with many others near them. Corners are whole cells, so an object
-        may stick out of its patch by less than a cell.
+        The NMS prefers objects with many other objects nearby. Corners are whole cells, so an
+        object may exceed its patch by less than a cell.
         """
         targets = self.targets
         boxes = xyxy_to_cxcywh(targets.boxes_xyxy)
@@ -133,7 +135,7 @@ class PatchCompletion:
         return (corner - shift).floor().long().clamp(min=0), valid
 
     def random_patches(self, stride: int) -> Tensor:
-        """(B, minimum, 2) int64 corners, uniform over the image."""
+        """Draws corners (B, minimum, 2), int64, uniformly over the image."""
         span = (map_cells(self.targets.image_whwh, stride) - self.side).clamp(min=1)  # (B, 1, 2)
         shape = (len(span), self.minimum, 2)
         # A draw next to 1 may round up to the excluded end.
@@ -141,6 +143,6 @@ class PatchCompletion:
         return torch.minimum(corner, span - 1).long()
 
     def _shuffled_rank(self, exists: Tensor) -> Tensor:
-        """(B, P) int64 places in a random order in which slots that do not exist come last."""
+        """Returns ranks (B, P), int64, in a random order with the slots that do not exist last."""
         key = self.uniform(tuple(exists.shape), exists.device).masked_fill(~exists, 2.0)
         return key.argsort(dim=1, stable=True).argsort(dim=1)

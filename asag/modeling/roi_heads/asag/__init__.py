@@ -1,1 +1,1 @@
-"""One stage with parallel auxiliary copies: the decoders of ASAG."""
+"""Decoders of ASAG: one stage with parallel auxiliary copies."""

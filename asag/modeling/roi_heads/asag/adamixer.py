@@ -1,4 +1,4 @@
-"""The AdaMixer stage: adaptive 3D sampling, then adaptive mixing of channels and of points.
+"""AdaMixer stage: adaptive 3D sampling, then adaptive mixing of channels and of points.
 
 Gao et al., "AdaMixer", CVPR 2022, Sections 3.1-3.3. B images, N queries, C channels, G groups, P
 sampled points, O mixed points, L levels.
@@ -22,16 +22,16 @@ from ...layers.xyzr import XYZRPredictor, boxes_to_xyzr, scale_of
 def sample_3d(
     maps: Sequence[Tensor], strides: Sequence[int], points_xy: Tensor, points_z: Tensor
 ) -> Tensor:
-    """Reads a pyramid at points in the image plane and in scale (Section 3.1, Eqs. 2 and 3).
+    """Samples a feature pyramid at points in image plane and scale (Section 3.1, Eqs. 2 and 3).
 
     Args:
         maps: (B, C, H, W) a level, finest first.
         strides: pixels a cell of each level.
         points_xy: (B, N, G, P, 2) pixels.
-        points_z: (B, N, G, P) scale; level l of the list stands at l.
+        points_z: (B, N, G, P) scale; level l of the list has scale l.
 
     Returns:
-        (B, N, G, P, C / G): group g reads the g-th block of channels; zeros outside of the maps.
+        (B, N, G, P, C / G): group g samples the g-th block of channels; zeros outside of the maps.
     """
     batch, count, groups, points = points_z.shape
     level = torch.arange(len(maps), device=points_z.device, dtype=points_z.dtype)
@@ -50,7 +50,7 @@ def sample_3d(
 
 
 class AdaptiveSampling(nn.Module):
-    """Each query chooses P points a group around its box, in place and scale."""
+    """Samples P points a group around the box of each query, with predicted offsets."""
 
     def __init__(self, *, dim: int, groups: int, points: int) -> None:
         super().__init__()
@@ -58,7 +58,8 @@ class AdaptiveSampling(nn.Module):
         self.offsets = nn.Linear(dim, groups * points * 3)
 
     def reset_parameters(self) -> None:
-        """Points start spread over the box, one level below its scale, equal for all queries."""
+        """Initializes the points: spread over the box, one level below its scale, equal for all
+        queries."""
         nn.init.zeros_(self.offsets.weight)
         bias = self.offsets.bias.data.view(-1, 3)
         bias[:, :2].uniform_(-0.5, 0.5)
@@ -67,7 +68,7 @@ class AdaptiveSampling(nn.Module):
     def forward(
         self, query: Tensor, xyzr: Tensor, maps: Sequence[Tensor], strides: Sequence[int]
     ) -> Tensor:
-        """(B, N, C) and (B, N, 4) -> (B, N, G, P, C / G)."""
+        """Samples for queries (B, N, C) with boxes (B, N, 4) -> (B, N, G, P, C / G)."""
         offset = at_least_float32(self.offsets(query))
         offset = offset.view(*query.shape[:2], self.groups, -1, 3)
         center, size = (x[:, :, None, None] for x in scale_of(xyzr))
@@ -77,8 +78,7 @@ class AdaptiveSampling(nn.Module):
 
 
 class AdaptiveMixing(nn.Module):
-    """The query generates two matrices a group: one mixes channels, one mixes points (Section
-    3.2)."""
+    """Mixes channels and points by two matrices a group that the query generates (Section 3.2)."""
 
     def __init__(self, *, dim: int, groups: int, in_points: int, out_points: int) -> None:
         super().__init__()
@@ -88,12 +88,12 @@ class AdaptiveMixing(nn.Module):
         self.out_proj = nn.Linear(groups * out_points * self.width, dim)
 
     def reset_parameters(self) -> None:
-        """All queries mix alike at first."""
+        """Initializes the parameters; all queries generate the same matrices at first."""
         xavier_init_matrices(self.out_proj)
         nn.init.zeros_(self.generator.weight)
 
     def forward(self, query: Tensor, sampled: Tensor) -> Tensor:
-        """(B, N, C) and (B, N, G, P, C / G) -> what to add to the query, (B, N, C)."""
+        """Mixes samples (B, N, G, P, C / G) for queries (B, N, C) -> (B, N, C)."""
         batch, count = query.shape[:2]
         parameters = self.generator(query).view(batch * count * self.groups, -1)
         channel, point = parameters.split((self.width**2, self.in_points * self.out_points), dim=-1)
@@ -106,7 +106,7 @@ class AdaptiveMixing(nn.Module):
 
 
 class AdaMixerStage(nn.Module):
-    """Queries look at each other, sample and mix the pyramid, then say class and box."""
+    """Self-attention of the queries, adaptive sampling and mixing, class and box prediction."""
 
     def __init__(
         self,
@@ -133,15 +133,15 @@ class AdaMixerStage(nn.Module):
             num_heads: attention heads.
             ffn_dim: inner width of the feed-forward block.
             groups: G, a divisor of `dim`.
-            in_points: P, points that a query samples in each group.
+            in_points: P, sampled points of each group.
             out_points: O.
             num_cls_layers, num_reg_layers: depth of the towers.
             activation: of feed-forward block and towers.
             dropout: rate in attention and feed-forward block.
-            prior_prob: class probability at the start; None for softmax classifiers.
+            prior_prob: initial class probability; None for softmax classifiers.
 
         Raises:
-            ValueError: `dim` cannot be cut into `groups`.
+            ValueError: `groups` does not divide `dim`.
         """
         super().__init__()
         if dim % groups:
@@ -173,12 +173,13 @@ class AdaMixerStage(nn.Module):
     def forward(
         self, content: Tensor, boxes_xyxy: Tensor, maps: Sequence[Tensor], valid: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Refines the boxes.
+
         Args:
             content: (B, N, C).
             boxes_xyxy: (B, N, 4) pixels, without gradient.
             maps: (B, C, H, W) a level.
-            valid: (B, N) or (B, N, N) bool, or None where every query is real.
+            valid: (B, N) or (B, N, N) bool; None if all queries are valid.
 
         Returns:
             Logits (B, N, K), boxes (B, N, 4) xyxy in pixels, next content (B, N, C).

@@ -1,4 +1,5 @@
-"""The decoder stage of Deformable DETR, on boxes (Zhu et al., ICLR 2021, Section 4.2 and A.4).
+"""Decoder stage of Deformable DETR with boxes as references (Zhu et al., ICLR 2021, Section 4.2 and
+A.4).
 
 B images, N queries, L levels, C channels, K classes.
 """
@@ -19,8 +20,8 @@ from ...layers.position_encoding import TEMPERATURE, inverse_sigmoid
 
 
 def embed_boxes(boxes_cxcywh: Tensor, dim: int) -> Tensor:
-    """Sine embedding of boxes in shares of the image, (..., 4) -> (..., 4 * dim), sine and cosine
-    in turn."""
+    """Embeds boxes (..., 4) in shares of the image as (..., 4 * dim), sine and cosine
+    interleaved."""
     pairs = torch.arange(dim // 2, device=boxes_cxcywh.device, dtype=boxes_cxcywh.dtype)
     wavelength = TEMPERATURE ** (2 * pairs / dim)
     angle = (2 * math.pi * boxes_cxcywh)[..., None] / wavelength
@@ -28,7 +29,7 @@ def embed_boxes(boxes_cxcywh: Tensor, dim: int) -> Tensor:
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Queries look at each other, then at points of the memory around their boxes."""
+    """Self-attention of the queries, deformable cross-attention, feed-forward block."""
 
     def __init__(
         self,
@@ -60,13 +61,14 @@ class DeformableDecoderLayer(nn.Module):
         memory: MultiScaleMemory,
         mask: Tensor | None,
     ) -> Tensor:
-        """
+        """Updates the queries.
+
         Args:
             query: (B, N, C).
-            position: (B, N, C) added where queries look, not to what they are.
+            position: (B, N, C) position embedding, added to the inputs of attention except values.
             boxes_cxcywh: (B, N, 4) in shares of the unpadded image.
             memory: all levels.
-            mask: (B, N) or (B, N, N) bool, or None where every query is real.
+            mask: (B, N) or (B, N, N) bool; None if all queries are valid.
 
         Returns:
             (B, N, C).
@@ -81,10 +83,10 @@ class DeformableDecoderLayer(nn.Module):
 
 
 class DeformableStage(nn.Module):
-    """A deformable decoder layer with its own class and box predictor.
+    """Deformable decoder layer with its own class and box predictor.
 
-    Not released by the authors of ASAG, who give only its results; assembled from Deformable DETR's
-    layer with boxes as references.
+    The authors of ASAG report results of this stage but have not released it; this is Deformable
+    DETR's layer with boxes as references.
     """
 
     def __init__(
@@ -109,7 +111,7 @@ class DeformableStage(nn.Module):
             ffn_dim: inner width of the feed-forward block.
             num_reg_layers: layers of the box predictor.
             activation, dropout: of the layer.
-            prior_prob: class probability at the start; None for softmax classifiers.
+            prior_prob: initial class probability; None for softmax classifiers.
         """
         super().__init__()
         self.box_dim = dim // 2
@@ -137,12 +139,13 @@ class DeformableStage(nn.Module):
         memory: MultiScaleMemory,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Refines the boxes.
+
         Args:
             content: (B, N, C).
             boxes_xyxy: (B, N, 4) pixels, without gradient.
             memory: all levels.
-            mask: (B, N) or (B, N, N) bool, or None where every query is real.
+            mask: (B, N) or (B, N, N) bool; None if all queries are valid.
 
         Returns:
             Logits (B, N, K), boxes (B, N, 4) xyxy in pixels, next content (B, N, C).

@@ -1,1 +1,1 @@
-"""Transformer decoders: DETR and Conditional DETR."""
+"""Transformer decoders of DETR and Conditional DETR."""

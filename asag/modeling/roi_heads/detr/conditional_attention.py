@@ -2,9 +2,9 @@
 Section 3.3).
 
 B images, N queries, L positions of the memory, C channels, H heads, D = C / H channels of one head.
-In the paper's letters: c_q content query (what self-attention gives), p_q spatial query, c_k
-content key (the memory), p_k spatial key (its position embedding), f the embedding that the
-previous stage gave, s the reference point.
+Symbols of the paper: c_q content query (output of self-attention), p_q spatial query, c_k content
+key (the memory), p_k spatial key (its position embedding), f embedding of the previous stage, s
+reference point.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from .cross_attention import CrossAttention, StageMemory, project_together
 
 
 class SpatialQuery(nn.Module):
-    """(s, f) -> p_q (Eq. 4): the embedded reference point p_s, transformed by what f knows about
-    the displacement of the object's extremities. Shared by all stages.
+    """Spatial query p_q of reference point s and embedding f (Eq. 4): the embedded reference point
+    p_s, transformed by T(f). Shared by all stages.
 
-    The first stage has no f yet and takes T = 1, as the authors' code does.
+    The first stage has no f and uses T = 1, as in the authors' code.
     """
 
     def __init__(
@@ -41,11 +41,13 @@ class SpatialQuery(nn.Module):
         Args:
             dim: channels C.
             num_heads: heads H, the number of blocks of a "block" projection.
-            kind: Table 3. "csq" T(f) p_s; "csq_i" T(c_q) p_s; "csq_t" T(f) alone, without reference
-                point; "csq_p" p_s alone; "csq_c" f itself.
+            kind: Table 3. "csq" T(f) p_s; "csq_i" T(c_q) p_s; "csq_t" T(f); "csq_p" p_s; "csq_c" f.
             projection: Fig. 5, form of T. "diagonal" C numbers (Eq. 6), "single" one, "block" a
-                D x D matrix a head, "full" C x C, "identity" nothing to learn.
-            num_stages: stages that share it. A single one has no f to learn T from.
+                D x D matrix a head, "full" C x C, "identity" no parameters.
+            num_stages: stages that share it. A single one has no f, and T no parameters.
+
+        Raises:
+            ValueError: kind "csq_t" with another projection than "diagonal".
         """
         super().__init__()
         if kind == "csq_t" and projection != "diagonal":
@@ -68,9 +70,10 @@ class SpatialQuery(nn.Module):
         xavier_init_matrices(self)
 
     def forward(self, f: Tensor | None, content_query: Tensor, p_s: Tensor) -> Tensor:
-        """
+        """Computes the spatial queries.
+
         Args:
-            f: (B, N, C) what the previous stage gave, before the final norm; None in the first.
+            f: (B, N, C) embedding of the previous stage, before the final norm; None in the first.
             content_query: (B, N, C) c_q.
             p_s: (B or 1, N, C) embedded reference points.
 
@@ -87,7 +90,7 @@ class SpatialQuery(nn.Module):
         return t if self.kind == "csq_t" else self.transform(t, p_s)
 
     def transform(self, t: Tensor, p_s: Tensor) -> Tensor:
-        """T p_s, for T (B, N, *) in any of its forms."""
+        """Computes T p_s for T (B, N, *) in any of its forms."""
         if self.projection in ("diagonal", "single"):
             return t * p_s  # Eq. 6
         blocks = self.num_heads if self.projection == "block" else 1
@@ -97,12 +100,12 @@ class SpatialQuery(nn.Module):
 
 
 class ConditionalCrossAttention(CrossAttention):
-    """Content and position are concatenated, not added: the scores are c_q^T c_k + p_q^T p_k
+    """Cross-attention with concatenated content and position: the scores are c_q^T c_k + p_q^T p_k
     (Eq. 3).
 
-    Each of the four is projected on its own, and concatenated within every head. In the first
-    stage, where the content queries are still empty, object query and spatial key are also added
-    to the content's part.
+    The four inputs have separate projections and are concatenated within every head. In the first
+    stage, where the content queries are zero, object query and spatial key are also added to the
+    content part.
     """
 
     def __init__(
@@ -113,7 +116,7 @@ class ConditionalCrossAttention(CrossAttention):
             dim: channels C.
             num_heads: heads H, a divisor of `dim`.
             dropout: rate on the attention weights while training.
-            first: whether this is the first stage.
+            first: True for the first stage.
         """
         super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
         self.content_query = nn.Linear(dim, dim)
@@ -124,7 +127,7 @@ class ConditionalCrossAttention(CrossAttention):
         self.object_query = nn.Linear(dim, dim) if first else None
 
     def init_weights(self) -> None:
-        """Xavier uniform for every matrix; the output's bias starts at zero."""
+        """Initializes matrices by Xavier uniform and the output bias by zero."""
         xavier_init_matrices(self)
         nn.init.zeros_(self.out_proj.bias)
 
@@ -132,7 +135,7 @@ class ConditionalCrossAttention(CrossAttention):
     def project_memory(
         layers: Sequence[ConditionalCrossAttention], memory: Tensor, position: Tensor
     ) -> list[StageMemory]:
-        """Content keys, spatial keys and values of all stages at once.
+        """Projects content keys, spatial keys and values of all stages at once.
 
         Args:
             layers: the cross-attention of each stage.
@@ -148,14 +151,14 @@ class ConditionalCrossAttention(CrossAttention):
     def project(
         self, query: Tensor, position: Tensor, spatial: Tensor | None, memory: StageMemory
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, 2D), keys (B, H, L, 2D) and values (B, H, L, D)."""
+        """Returns queries (B, H, N, 2D), keys (B, H, L, 2D) and values (B, H, L, D)."""
         c_q, p_q, c_k, p_k, value = self.parts(query, position, spatial, memory)
         return torch.cat((c_q, p_q), dim=-1), torch.cat((c_k, p_k), dim=-1), value
 
     def parts(
         self, query: Tensor, position: Tensor, spatial: Tensor, memory: StageMemory
     ) -> tuple[Tensor, ...]:
-        """Projected c_q, p_q (B, H, N, D), c_k, p_k and values (B, H, L, D) of all heads."""
+        """Returns the projected c_q, p_q (B, H, N, D), c_k, p_k and values (B, H, L, D)."""
         c_k, p_k, value = memory
         c_q, p_q = self.content_query(query), self.spatial_query(spatial)
         if self.object_query is not None:
@@ -169,17 +172,15 @@ class ConditionalCrossAttention(CrossAttention):
 
 
 class ConditionalSelfAttention(SelfAttention):
-    """Self-attention whose content and object queries have projections of their own.
-
-    Equal in form to projecting their sum; the authors' code keeps them apart.
-    """
+    """Self-attention with separate projections of content and object queries, as in the authors'
+    code."""
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
         self.position_proj = nn.Linear(dim, 2 * dim)  # of queries and keys
 
     def init_weights(self) -> None:
-        """Xavier uniform for each projection by itself, linear layers' usual biases."""
+        """Initializes each projection by Xavier uniform, with default biases."""
         dim = self.out_proj.out_features
         self.in_proj.reset_parameters()
         for packed in (self.in_proj, self.position_proj, self.out_proj):
@@ -190,7 +191,7 @@ class ConditionalSelfAttention(SelfAttention):
     def project(
         self, query: Tensor, position: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of all heads, (B, N, C) -> three of (B, H, N, D)."""
+        """Projects (B, N, C) to queries, keys and values of all heads, (B, H, N, D) each."""
         q, k, v = self.in_proj(query).chunk(3, dim=-1)
         position_q, position_k = self.position_proj(position).chunk(2, dim=-1)
         parts = (q + position_q, k + position_k, v)
@@ -198,4 +199,4 @@ class ConditionalSelfAttention(SelfAttention):
 
 
 class IoUEnhancedConditionalSelfAttention(ConditionalSelfAttention, IoUEnhancedSelfAttention):
-    """The projections of conditional DETR, mixed by IoU-enhanced attention."""
+    """IoU-enhanced self-attention with the projections of Conditional DETR."""

@@ -1,4 +1,4 @@
-"""Cross-attention of queries over the memory, as DETR does it (supplement A.3).
+"""Cross-attention of queries over the memory (DETR, supplement A.3).
 
 B images, N queries, L positions of the memory, C channels, H heads, S stages.
 """
@@ -17,18 +17,18 @@ from ...layers.boxes import at_least_float32
 from ...layers.exporting import is_exporting
 
 StageMemory = tuple[Tensor, ...]
-"""What one stage reads of the memory: its keys and values, (B, L, C) each."""
+"""Projected keys and values of the memory for one stage, (B, L, C) each."""
 
 
 def project_together(layers: Sequence[tuple[Tensor, Tensor]], x: Tensor) -> tuple[Tensor, ...]:
-    """Applies linear layers of equal shape, (weight, bias) each, to the same (B, L, C): one matrix
-    product instead of one a layer; the results are views of it."""
+    """Applies linear layers of equal shape, (weight, bias) each, to the same (B, L, C) by one
+    matrix product."""
     weights, biases = zip(*layers, strict=True)
     return F.linear(x, torch.cat(weights), torch.cat(biases)).chunk(len(layers), dim=-1)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention whose queries and keys are formed by the subclass, in `project`."""
+    """Multi-head cross-attention; subclasses implement the projections in `project`."""
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         """
@@ -46,7 +46,7 @@ class CrossAttention(nn.Module):
     def project(
         self, query: Tensor, position: Tensor, spatial: Tensor | None, memory: StageMemory
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, H, N, E), keys (B, H, L, E) and values (B, H, L, C / H) of all heads."""
+        """Returns queries (B, H, N, E), keys (B, H, L, E) and values (B, H, L, C / H)."""
         raise NotImplementedError
 
     def forward(
@@ -57,13 +57,14 @@ class CrossAttention(nn.Module):
         memory: StageMemory,
         mask: Tensor | None,
     ) -> Tensor:
-        """
+        """Attends to the memory.
+
         Args:
             query: (B, N, C) content queries.
             position: (B or 1, N, C) object queries.
-            spatial: (B or 1, N, C) spatial queries of conditional attention, None for others.
-            memory: what `project_memory` made for this stage.
-            mask: (B, 1, 1, L) bool, True on positions to attend; None where all are.
+            spatial: (B or 1, N, C) spatial queries of conditional attention; None for others.
+            memory: output of `project_memory` for this stage.
+            mask: (B, 1, 1, L) bool, True on positions to attend; None for all positions.
 
         Returns:
             (B, N, C).
@@ -81,18 +82,18 @@ class CrossAttention(nn.Module):
         memory: StageMemory,
         mask: Tensor | None,
     ) -> Tensor:
-        """Attention weights (B, H, N, L) of every head by the plain formula, for the same arguments
-        as `forward`: for figures, and the reference of the fused kernel."""
+        """Computes attention weights (B, H, N, L) for the arguments of `forward`, without a fused
+        kernel: for figures, and as a reference."""
         q, k, _ = self.project(query, position, spatial, memory)
         return attention_weights(q, k, mask)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v by a fused kernel; values may be narrower than keys.
+    """Computes softmax(q k^T / sqrt(E)) v by a fused kernel; values may be narrower than keys.
 
-    The CPU's fused kernel insists on equal widths. Zeros beside the values cost less there than the
-    (B, H, N, L) weights that torch would write out otherwise. A trace, which is what operations are
-    counted on, and an export show the attention as other devices compute it.
+    The fused kernel of the CPU requires equal widths; padding the values costs less than the
+    weights (B, H, N, L) that torch would compute otherwise. Traces (for counting operations) and exports
+    record the attention as on other devices.
     """
     width = v.shape[-1]
     recorded = torch.jit.is_tracing() or is_exporting()
@@ -102,8 +103,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(E)) of (B, H, N, E) and (B, H, L, E), (B, H, N, L) in at least
-    float32."""
+    """Computes softmax(q k^T / sqrt(E)) of (B, H, N, E) and (B, H, L, E), in at least float32."""
     scores = at_least_float32(q @ k.transpose(-2, -1)) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
@@ -111,7 +111,7 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class DETRCrossAttention(CrossAttention):
-    """Content and position are added: q = W (c_q + o_q), k = W (c_k + p_k), v = W c_k."""
+    """Cross-attention with added position: q = W (c_q + o_q), k = W (c_k + p_k), v = W c_k."""
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
@@ -120,7 +120,7 @@ class DETRCrossAttention(CrossAttention):
         nn.init.zeros_(self.out_proj.bias)
 
     def projections(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias that make queries, keys and values."""
+        """Returns weight and bias of the projections of queries, keys and values."""
         dim = self.out_proj.in_features
         return list(zip(self.in_proj.weight.split(dim), self.in_proj.bias.split(dim), strict=True))
 
@@ -128,7 +128,7 @@ class DETRCrossAttention(CrossAttention):
     def project_memory(
         layers: Sequence[DETRCrossAttention], memory: Tensor, position: Tensor
     ) -> list[StageMemory]:
-        """Keys and values of all S stages at once.
+        """Projects keys and values of all S stages at once.
 
         Args:
             layers: the cross-attention of each stage.

@@ -1,4 +1,4 @@
-"""One stage of a transformer decoder (DETR, supplement A.3; Conditional DETR, Section 3.1, Fig. 3).
+"""Stage of a transformer decoder (DETR, supplement A.3; Conditional DETR, Section 3.1, Fig. 3).
 
 B images, N queries, L positions of the memory, C channels.
 """
@@ -14,10 +14,8 @@ from .cross_attention import CrossAttention, StageMemory
 
 
 class DecoderStage(nn.Module):
-    """Queries look at each other, then at the memory, then into themselves.
-
-    The two attentions are where the papers differ; the rest is common.
-    """
+    """Self-attention, cross-attention and feed-forward block; the papers differ in the two
+    attentions."""
 
     def __init__(
         self,
@@ -40,7 +38,7 @@ class DecoderStage(nn.Module):
             activation: of the feed-forward block.
             dropout: rate behind every sublayer and inside of the feed-forward block.
             pre_norm: norms in front of the sublayers instead of behind.
-            first: the queries that enter carry no content yet.
+            first: True for the first stage, whose input queries have zero content.
         """
         super().__init__()
         self.first = first
@@ -52,7 +50,7 @@ class DecoderStage(nn.Module):
     def init_interaction(
         self, dim: int, ffn_dim: int, activation: str, dropout: float, pre_norm: bool
     ) -> None:
-        """Makes what `interact` needs beside the cross-attention."""
+        """Creates the modules of `interact` beside the cross-attention."""
         self.cross_residual = Residual(dim=dim, dropout=dropout, pre_norm=pre_norm)
         self.ffn = FeedForward(
             dim=dim,
@@ -73,19 +71,21 @@ class DecoderStage(nn.Module):
         spatial_query: SpatialQuery | None = None,
         p_s: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Updates the queries.
+
         Args:
             query: (B, N, C) embeddings f of the previous stage, zeros in the first.
             position: (B or 1, N, C) object queries.
-            boxes_xyxy: (B, N, 4) pixels, what the previous stage predicted, if attention asks.
-            valid: (B, N) bool or None where every query is real.
+            boxes_xyxy: (B, N, 4) boxes of the previous stage in pixels, for IoU-enhanced attention;
+                None for others and in the first stage.
+            valid: (B, N) bool; None if all queries are valid.
             memory: keys and values of this stage.
             mask: (B, 1, 1, L) bool or None.
             spatial_query: of conditional attention, shared by all stages.
-            p_s: (B or 1, N, C) embedded reference points for it.
+            p_s: (B or 1, N, C) embedded reference points for `spatial_query`.
 
         Returns:
-            What the class head reads, what the box head reads, and the next query, (B, N, C) each.
+            Inputs of class head and box head, and next query, (B, N, C) each.
         """
         content = self.self_residual(
             query, lambda x: self.self_attention(x, boxes_xyxy, valid, position)
@@ -103,7 +103,7 @@ class DecoderStage(nn.Module):
         memory: StageMemory,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cross-attention and feed-forward block: here the three results are the same."""
+        """Runs cross-attention and feed-forward block; the three results are the same tensor."""
         query = self.cross_residual(
             content, lambda x: self.cross_attention(x, position, spatial, memory, mask)
         )
@@ -112,10 +112,10 @@ class DecoderStage(nn.Module):
 
 
 class TaskBranch(nn.Module):
-    """What one task owns behind the shared cross-attention: mask, projection, feed-forward block.
+    """Branch of one task behind the shared cross-attention: mask, projection, feed-forward block.
 
-    Dynamic channel weighting (Eq. 4 of the IoU-enhanced attention paper) on DETR: what was attended
-    has no spatial extent, so the mask acts on one vector a query.
+    Dynamic channel weighting (Eq. 4 of the IoU-enhanced attention paper) for DETR, where the mask
+    is applied to one vector a query.
     """
 
     def __init__(self, *, dim: int, ffn_dim: int, activation: str, dropout: float) -> None:
@@ -126,14 +126,14 @@ class TaskBranch(nn.Module):
         self.ffn = FeedForward(dim=dim, hidden_dim=ffn_dim, activation=activation, dropout=dropout)
 
     def forward(self, content: Tensor, attended: Tensor) -> Tensor:
-        """(B, N, C) queries and what they attended to -> (B, N, C)."""
+        """Computes the input (B, N, C) of a task's head from queries and attended features."""
         weighted = self.mask(content) * attended
         return self.ffn(self.residual(content, lambda _: self.project(weighted)))
 
 
 class ChannelWeightedDecoderStage(DecoderStage):
-    """Dynamic channel weighting: classification and regression read the attended features through
-    masks of their own (Zhao et al., supplement, Table 10)."""
+    """Decoder stage with dynamic channel weighting: separate masks of the attended features for
+    classification and regression (Zhao et al., supplement, Table 10)."""
 
     def init_interaction(
         self, dim: int, ffn_dim: int, activation: str, dropout: float, pre_norm: bool
@@ -155,7 +155,7 @@ class ChannelWeightedDecoderStage(DecoderStage):
         memory: StageMemory,
         mask: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One cross-attention, a branch for each task; their sum is the next query."""
+        """Runs cross-attention and a branch for each task; their sum is the next query."""
         attended = self.cross_attention(content, position, spatial, memory, mask)
         cls_query = self.cls_branch(content, attended)
         reg_query = self.reg_branch(content, attended)

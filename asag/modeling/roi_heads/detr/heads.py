@@ -1,4 +1,4 @@
-"""The decoders of DETR and Conditional DETR: stages of attention over one feature map.
+"""ROI heads of DETR and Conditional DETR: decoder stages over one feature map.
 
 B images, N queries, L positions of the feature map, S stages, C channels, K classes.
 """
@@ -33,10 +33,10 @@ from .decoder_stage import ChannelWeightedDecoderStage, DecoderStage
 
 @ROI_HEADS_REGISTRY.register()
 class DETRHeads(nn.Module):
-    """Stages of self- and cross-attention, and the class and box heads that all of them share.
+    """Decoder stages with shared class and box heads.
 
-    Keys and values of all stages are projected in one go, and the heads run once for all stages.
-    Between the stages goes the embedding before the final norm.
+    Keys and values of all stages are projected at once, and the heads run once for all stages. The
+    stages pass on the embedding before the final norm.
     """
 
     @configurable
@@ -56,15 +56,16 @@ class DETRHeads(nn.Module):
     ) -> None:
         """
         Args:
-            make_stage: builds the stage of an index from 0.
+            make_stage: builds the stage of an index, starting from 0.
             num_stages: S.
             dim: channels C.
             num_logits: K, or K + 1 with a background column.
             in_feature: name of the feature map.
             positions: position embedding of its cells.
-            prior_prob: class probability that sigmoid classifiers start with; None for softmax.
-            offsets: boxes are offsets to the queries' reference points (Eq. 1) and start at them.
-            box_feedback: tell each stage which boxes the one before predicted.
+            prior_prob: initial probability of sigmoid classifiers; None for softmax.
+            offsets: box centers are offsets from the reference points of the queries (Eq. 1),
+                initially zero.
+            box_feedback: pass the boxes of the previous stage to each stage.
             spatial_query: of conditional attention, shared by all stages.
         """
         super().__init__()
@@ -132,7 +133,7 @@ class DETRHeads(nn.Module):
 
     @classmethod
     def make_attentions(cls, cfg: CfgNode, first: bool) -> dict[str, nn.Module]:
-        """Self- and cross-attention of one stage."""
+        """Builds self- and cross-attention of one stage."""
         options = _attention_options(cfg)
         enhanced = cfg.MODEL.DECODER.SELF_ATTENTION == "iou_esa"
         return {
@@ -143,11 +144,11 @@ class DETRHeads(nn.Module):
     def forward(
         self, features: dict[str, Tensor], queries: Queries, sizes: ImageSizes
     ) -> Predictions:
-        """Predictions of all stages.
+        """Returns the predictions of all stages.
 
         Args:
             features: name -> (B, C, H, W).
-            queries: with content and position, and reference points where boxes are offsets.
+            queries: with content and position, and reference points if boxes are offsets.
             sizes: of the B images.
         """
         feature = features[self.in_feature]
@@ -181,16 +182,16 @@ class DETRHeads(nn.Module):
         )
 
     def conditions(self, queries: Queries) -> tuple[SpatialQuery | None, Tensor | None]:
-        """What conditional attention adds to a stage's arguments: the transformation, and the
-        embedded reference points p_s (Eq. 5)."""
+        """Returns the additional arguments of stages with conditional attention: the spatial query
+        and the embedded reference points p_s (Eq. 5)."""
         if self.spatial_query is None:
             return None, None
         p_s = sine_embedding(at_least_float32(queries.points_xy), self.dim)
         return self.spatial_query, p_s.to(queries.content.dtype)
 
     def predict_boxes(self, embedding: Tensor, queries: Queries, sizes: ImageSizes) -> Tensor:
-        """Normed embeddings (..., B, N, C) -> boxes xyxy (..., B, N, 4) in pixels, float32 (Eq.
-        1)."""
+        """Predicts boxes (..., B, N, 4), xyxy in pixels, from normalized embeddings (..., B, N, C)
+        (Eq. 1)."""
         coordinates = at_least_float32(self.box_coordinates(embedding))
         if self.offsets:
             center = coordinates[..., :2] + inverse_sigmoid(queries.points_xy)
@@ -200,7 +201,7 @@ class DETRHeads(nn.Module):
 
 @ROI_HEADS_REGISTRY.register()
 class ConditionalDETRHeads(DETRHeads):
-    """DETR's decoder with conditional cross-attention."""
+    """Decoder of DETR with conditional cross-attention."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -247,7 +248,8 @@ def _attention_options(cfg: CfgNode) -> dict[str, Any]:
 def _single_feature(
     names: list[str], shapes: dict[str, ShapeSpec], dim: int
 ) -> tuple[str, ShapeSpec]:
-    """The one feature map that a transformer decoder reads, checked."""
+    """Returns name and shape of the feature map of a transformer decoder; raises ValueError if it
+    does not exist."""
     if len(names) != 1 or names[0] not in shapes:
         raise ValueError(
             f"MODEL.ROI_HEADS.IN_FEATURES is {list(names)}; it must be a list of one of "

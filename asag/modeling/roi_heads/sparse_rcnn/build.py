@@ -31,7 +31,7 @@ def build_dynamic_conv_stage(cfg: CfgNode) -> DynamicConvStage:
 
 
 def build_attention(cfg: CfgNode) -> nn.Module:
-    """Self-attention named by `MODEL.DECODER.SELF_ATTENTION`."""
+    """Builds the self-attention named by `MODEL.DECODER.SELF_ATTENTION`."""
     decoder = cfg.MODEL.DECODER
     kind, dim, dropout = decoder.SELF_ATTENTION, decoder.HIDDEN_DIM, decoder.DROPOUT
     if kind == "none":
@@ -43,7 +43,7 @@ def build_attention(cfg: CfgNode) -> nn.Module:
 
 
 def build_interaction(cfg: CfgNode) -> nn.Module:
-    """Interaction of a query with the features of its box, by `MODEL.DECODER.DCW` and
+    """Builds the interaction of queries with their box features, by `MODEL.DECODER.DCW` and
     `MODEL.DECODER.DISENTANGLE`."""
     decoder = cfg.MODEL.DECODER
     disentangle = decoder.DISENTANGLE != "none"

@@ -1,4 +1,4 @@
-"""Dynamic channel weighting: one filtered box feature, seen differently by the two tasks.
+"""Dynamic channel weighting: separate channel masks of the box features for the two tasks.
 
 Zhao et al., "IoU-Enhanced Attention for End-to-End Task Specific Object Detection", Section 3.3.
 B images, N queries, R = B * N, C channels, P pooled positions.
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from ...layers.feed_forward import FeedForward
 from .dynamic_conv import DynamicConv, RoIProjection
 
-# Width of the mask's bottleneck, as a share of C.
+# C divided by the width of the mask's bottleneck.
 REDUCTION = 8
 
 
 class ChannelMask(nn.Module):
-    """sigma(g_m(q)) of Eq. 4: (..., C) -> (..., C) in (0, 1).
+    """Channel mask sigma(g_m(q)) of Eq. 4, (..., C) -> (..., C) in (0, 1).
 
-    g_m is two linear layers with a narrow middle and no activation between them.
+    g_m is a bottleneck of two linear layers without activation between them.
     """
 
     def __init__(self, *, dim: int) -> None:
@@ -31,10 +31,10 @@ class ChannelMask(nn.Module):
 
 
 class TaskPath(nn.Module):
-    """What one task owns between the shared dynamic convolution and its tower.
+    """Branch of one task between the shared dynamic convolution and its tower.
 
-    The paper draws the mask and the projection of the box feature; the norm and activation behind
-    the mask, and the query's own projection, are only in the authors' code.
+    The paper shows the mask and the projection of the box feature; norm and activation behind the
+    mask, and the projection of the query, are details of the authors' code.
     """
 
     def __init__(
@@ -58,29 +58,31 @@ class TaskPath(nn.Module):
         self.ffn = FeedForward(dim=dim, hidden_dim=ffn_dim, activation=activation, dropout=dropout)
 
     def object_feature(self, query: Tensor, filtered: Tensor) -> Tensor:
-        """Eq. 4 and the projection behind it: (B, N, C) and (R, P, C) -> (B, N, C).
+        """Computes Eq. 4 and the projection behind it, (B, N, C) and (R, P, C) -> (B, N, C).
 
-        The norm acts over channels, so a mask changes their balance, not their scale.
+        The norm is over channels, so a mask changes their relative weights, not their scale.
         """
         mask = self.mask(query).flatten(0, 1)[:, None]  # (R, 1, C)
         weighted = self.mask_activation(self.mask_norm(filtered * mask))
         return self.project(weighted).view(query.shape)
 
     def forward(self, query: Tensor, filtered: Tensor) -> Tensor:
-        """
+        """Computes the input of the task's tower.
+
         Args:
             query: (B, N, C) after self-attention.
             filtered: (R, P, C) box features after the dynamic convolution.
 
         Returns:
-            (B, N, C) what the task's tower reads.
+            (B, N, C).
         """
-        seen = self.object_feature(query, filtered)
-        return self.ffn(self.norm(self.query_norm(self.query_proj(query)) + self.dropout(seen)))
+        feature = self.object_feature(query, filtered)
+        return self.ffn(self.norm(self.query_norm(self.query_proj(query)) + self.dropout(feature)))
 
 
 class ChannelWeightedInteraction(nn.Module):
-    """Query meets its box: one dynamic convolution, then a path for class and a path for box."""
+    """Interaction of a query with its box features: a dynamic convolution, then a branch for each
+    task."""
 
     def __init__(
         self,
@@ -100,14 +102,15 @@ class ChannelWeightedInteraction(nn.Module):
         self.reg_path = TaskPath(**sizes, activation=activation, dropout=dropout)
 
     def forward(self, query: Tensor, roi_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Computes the inputs of the towers and the next query.
+
         Args:
             query: (B, N, C) after self-attention.
             roi_features: (R, P, C).
 
         Returns:
-            What the class tower reads, what the box tower reads, and the next stage's query: their
-            sum (Section 3.3). All (B, N, C).
+            Inputs of class tower and box tower, and the query of the next stage, which is their sum
+            (Section 3.3), (B, N, C) each.
         """
         filtered = self.conv(query.flatten(0, 1), roi_features)
         cls_query = self.cls_path(query, filtered)

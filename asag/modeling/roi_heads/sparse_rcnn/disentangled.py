@@ -18,14 +18,15 @@ TASKS = 2
 
 
 class SplitDynamicConv(DynamicConv):
-    """A dynamic convolution a task, on its half of the channels: (P, C/2) -> (P, D) -> (P, C/2).
+    """Dynamic convolution of each task on its half of the channels: (P, C/2) -> (P, D) -> (P, C/2).
 
-    Has the parameters of one `DynamicConv` of width C: the numbers that a query generates are
-    exactly those of two pairs of kernels of half the width.
+    Has the parameters of one `DynamicConv` of width C: a query generates two pairs of kernels of
+    half the width.
     """
 
     def forward(self, query: Tensor, roi_features: Tensor) -> Tensor:
-        """
+        """Filters the box features.
+
         Args:
             query: (R, C).
             roi_features: (R, P, C), the first half of the channels for classification.
@@ -48,10 +49,11 @@ class SplitDynamicConv(DynamicConv):
 
 
 class DisentangledInteraction(nn.Module):
-    """Query meets its box with one half of its channels for the class and one for the box.
+    """Interaction of a query with its box features by one half of the channels for each task.
 
-    The figure leaves open what follows the two projections. This reading, in which the halves
-    rejoin for residual, norm and feed-forward block, has the 97.0 M parameters of Table 2.
+    The figure does not show the layers behind the two projections. This version, in which the
+    halves are concatenated for residual, norm and feed-forward block, has the 97.0 M parameters of
+    Table 2.
     """
 
     def __init__(
@@ -96,18 +98,19 @@ class DisentangledInteraction(nn.Module):
         )
 
     def forward(self, query: Tensor, roi_features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Computes the inputs of the towers and the next query.
+
         Args:
             query: (B, N, C) after self-attention.
             roi_features: (R, P, C).
 
         Returns:
-            What the class tower reads and what the box tower reads, both (B, N, `task_dim`), and
-            the next stage's query (B, N, C).
+            Inputs of class tower and box tower, (B, N, `task_dim`) each, and the query of the next
+            stage (B, N, C).
         """
         filtered = self.conv(query.flatten(0, 1), roi_features).unbind(dim=1)
-        seen = [project(x) for project, x in zip(self.project, filtered, strict=True)]
-        query = self.norm(query + self.dropout(torch.cat(seen, dim=-1)).view(query.shape))
+        features = [project(x) for project, x in zip(self.project, filtered, strict=True)]
+        query = self.norm(query + self.dropout(torch.cat(features, dim=-1)).view(query.shape))
         query = self.ffn(query)
         cls_query, reg_query = (
             recover(x) for recover, x in zip(self.recover, query.chunk(TASKS, dim=-1), strict=True)

@@ -1,4 +1,4 @@
-"""IoU-enhanced self-attention: queries listen to queries whose boxes overlap theirs.
+"""IoU-enhanced self-attention: attention weights multiplied by the IoU of the queries' boxes.
 
 Zhao et al., "IoU-Enhanced Attention for End-to-End Task Specific Object Detection", Section 3.2,
 with the two attentions that its Table 1 compares. B images, N queries, C channels, H heads, D = C /
@@ -18,24 +18,23 @@ from ...layers.boxes import at_least_float32, intersection_and_union
 
 
 def iou_prior(boxes_xyxy: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The IoU matrix of the queries of each image, shared by all heads.
+    """Computes the IoU matrix of the queries of each image, shared by all heads.
 
-    The diagonal is exactly 1, so that every query has somebody to listen to: itself. Boxes without
-    area, or too large to have a finite one, overlap nobody else.
+    The diagonal is exactly 1, so that every query attends at least to itself. Boxes with an empty
+    or infinite area have IoU 0 with all others.
 
     Args:
         boxes_xyxy: (B, N, 4) pixels, not clipped to the image.
-        valid: (B, N) bool, or None where every query is real. The column of a padded query is zero
+        valid: (B, N) bool; None if all queries are valid. The column of a padded query is zero
             outside of the diagonal.
 
     Returns:
-        (B, 1, N, N) in [0, 1], at least float32. Its gradient is finite where areas are.
+        (B, 1, N, N) in [0, 1], at least float32. Gradients are finite for finite areas.
     """
     boxes = at_least_float32(boxes_xyxy)
     intersection, union = intersection_and_union(boxes[:, :, None], boxes[:, None])  # (B, N, N)
     overlap = (intersection > 0) & union.isfinite()
-    # Both sides of the division are chosen first: a quotient that is thrown away afterwards would
-    # still put 0 * inf into the gradient.
+    # Masked before the division: masking the quotient would give NaN gradients (0 * inf).
     iou = torch.where(overlap, intersection, 0) / torch.where(overlap, union, 1)
     if valid is not None:
         iou = iou.masked_fill(~attendable(valid)[:, 0], 0)
@@ -44,11 +43,11 @@ def iou_prior(boxes_xyxy: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def iou_weighted_softmax(scores: Tensor, prior: Tensor) -> Tensor:
-    """Eq. 3: exp(a_ij) I_ij, divided by its sum over j.
+    """Computes Eq. 3: exp(a_ij) I_ij, divided by its sum over j.
 
-    Each row is shifted by its largest score among keys with I_ij > 0, which leaves the quotient as
-    it is and keeps the exponential below 1: unshifted, a score of 89 overflows float32 and one of
-    12 overflows float16. Equal to softmax(a + log I), but log I has no gradient where I = 0.
+    The largest score among keys with I_ij > 0 is subtracted from each row, which does not change
+    the quotient and avoids overflow (at scores of 89 in float32 and 12 in float16). Equal to
+    softmax(a + log I), but log I has no gradient at I = 0.
 
     Args:
         scores: (B, H, N, N) a = q k^T / sqrt(D).
@@ -64,61 +63,62 @@ def iou_weighted_softmax(scores: Tensor, prior: Tensor) -> Tensor:
 
 
 class IoUEnhancedSelfAttention(SelfAttention):
-    """Multi-head self-attention whose weights are multiplied by IoU before they are normalized.
+    """Multi-head self-attention with weights multiplied by IoU before normalization.
 
-    No parameters are added. The scores are divided by sqrt(D), the width of a head, although Eq. 2
-    writes the width of the query.
+    It has no additional parameters. Scores are divided by sqrt(D), D the width of a head, whereas
+    Eq. 2 has the width of the query.
     """
 
     def __init__(self, *, dim: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim=dim, num_heads=num_heads, dropout=dropout)
-        # The authors start these biases like those of any linear layer, plain attention at zero.
+        # The authors' code uses the default biases of linear layers, plain attention zeros.
         self.in_proj.reset_parameters()
         self.out_proj.reset_parameters()
 
     def mix(
         self, q: Tensor, k: Tensor, v: Tensor, boxes_xyxy: Tensor | None, valid: Tensor | None
     ) -> Tensor:
-        """Mixes values (B, H, N, D) by Eq. 3; with I = 1 where there are no boxes yet (supplement,
+        """Mixes values (B, H, N, D) by Eq. 3, with I = 1 if there are no boxes yet (supplement,
         DETR)."""
         if boxes_xyxy is None:
             return super().mix(q, k, v, boxes_xyxy, valid)
         prior = iou_prior(boxes_xyxy, valid)
-        # Only the first stage's boxes are learned; those of later stages arrive detached.
+        # Only the boxes of the first stage have gradients; those of later stages are detached.
         mix = self.mix_with_gradient if prior.requires_grad else self.mix_fused
         return mix(q, k, v, prior)
 
     def mix_with_gradient(self, q: Tensor, k: Tensor, v: Tensor, prior: Tensor) -> Tensor:
-        """Eq. 3 as it is written, differentiable in the boxes."""
+        """Computes Eq. 3 directly, differentiable in the boxes."""
         weights = iou_weighted_softmax(self.scores(q, k), prior)
         weights = F.dropout(weights, self.dropout, self.training)
         return weights.to(v.dtype) @ v
 
     def mix_fused(self, q: Tensor, k: Tensor, v: Tensor, prior: Tensor) -> Tensor:
-        """Eq. 3 in one kernel, with log I as an additive mask; no gradient flows to the boxes."""
+        """Computes Eq. 3 by a fused kernel with log I as additive mask, without gradient for the
+        boxes."""
         dropout = self.dropout if self.training else 0.0
         bias = prior.detach().log().to(q.dtype)  # -inf where boxes do not overlap
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
     @staticmethod
     def scores(q: Tensor, k: Tensor) -> Tensor:
-        """q k^T / sqrt(D) of two (B, H, N, D), (B, H, N, N) in at least float32 (Eq. 2)."""
+        """Computes the scores q k^T / sqrt(D) (B, H, N, N), in at least float32 (Eq. 2)."""
         return at_least_float32((q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1))
 
 
 class IoUAttention(nn.Module):
-    """The IoU matrix in place of the attention matrix (Section 3.1, "IoU-MSA" of Table 1).
+    """Attention with the IoU matrix as weights (Section 3.1, "IoU-MSA" of Table 1).
 
-    All heads would share the one matrix, so there are none: values are projected, mixed, projected.
+    The matrix is the same for all heads, so there is one head.
     """
 
     def __init__(self, *, dim: int, row_normalize: bool = True, dropout: float = 0.0) -> None:
         """
         Args:
             dim: channels C.
-            row_normalize: divide each row of the matrix by its sum, as softmax would; the paper
-                does not say.
-            dropout: rate on the matrix while training.
+            row_normalize: divide each row of the matrix by its sum, like softmax; not specified in
+                the paper.
+            dropout: rate on the matrix in training.
         """
         super().__init__()
         self.row_normalize = row_normalize
@@ -127,11 +127,12 @@ class IoUAttention(nn.Module):
         self.out_proj = nn.Linear(dim, dim)
 
     def forward(self, query: Tensor, boxes_xyxy: Tensor, valid: Tensor | None) -> Tensor:
-        """
+        """Mixes the queries of each image by the IoU of their boxes.
+
         Args:
             query: (B, N, C).
-            boxes_xyxy: (B, N, 4) boxes that entered the stage.
-            valid: (B, N) bool, or None where every query is real.
+            boxes_xyxy: (B, N, 4) input boxes of the stage.
+            valid: (B, N) bool; None if all queries are valid.
 
         Returns:
             (B, N, C).
@@ -144,8 +145,8 @@ class IoUAttention(nn.Module):
 
 
 class NoAttention(nn.Module):
-    """Queries do not see each other ("w/o MSA" of Table 1); the norm behind the attention stays."""
+    """No attention among the queries ("w/o MSA" of Table 1); the norm behind it is kept."""
 
     def forward(self, query: Tensor, boxes_xyxy: Tensor, valid: Tensor | None) -> Tensor:
-        """Zeros (B, N, C), to be added to the query."""
+        """Returns zeros (B, N, C)."""
         return torch.zeros_like(query)

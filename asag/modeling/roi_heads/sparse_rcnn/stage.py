@@ -1,4 +1,4 @@
-"""One refinement stage of the Sparse R-CNN family (Sparse R-CNN, Section 3.3).
+"""Refinement stage of the Sparse R-CNN family (Sparse R-CNN, Section 3.3).
 
 B images, N queries, C channels, K classes, P pooled positions.
 """
@@ -13,9 +13,9 @@ from ...layers.init import prior_bias, xavier_init_matrices
 
 
 class DynamicConvStage(nn.Module):
-    """Queries look at each other, then at their boxes, then say class and box.
+    """Self-attention of the queries, interaction with their box features, class and box prediction.
 
-    `attention` and `interaction` are where the papers differ; the rest is common to all of them.
+    The papers differ in `attention` and `interaction`.
     """
 
     def __init__(
@@ -34,14 +34,14 @@ class DynamicConvStage(nn.Module):
         """
         Args:
             attention: `(query, boxes_xyxy, valid) -> (B, N, C)`.
-            interaction: `(query, roi_features) -> (class query, box query, next query)`; its
-                `task_dim` is the width of the first two.
+            interaction: `(query, roi_features) -> (class query, box query, next query)`, with the
+                width `task_dim` of the first two as attribute.
             dim: channels C.
             num_logits: K, or K + 1 with a background column.
             num_cls_layers, num_reg_layers: depth of the towers.
             activation: of the towers.
             dropout: rate behind the attention.
-            prior_prob: class probability at the start; None for softmax classifiers.
+            prior_prob: initial class probability; None for softmax classifiers.
         """
         super().__init__()
         self.attention = attention
@@ -54,24 +54,23 @@ class DynamicConvStage(nn.Module):
         self.class_logits = nn.Linear(task_dim, num_logits)
         self.box_deltas = nn.Linear(task_dim, 4)
         xavier_init_matrices(self)
-        # Only this bias: matching it by its length would also hit norms and box deltas of equal
-        # size.
         if prior_prob is not None:
             nn.init.constant_(self.class_logits.bias, prior_bias(prior_prob))
 
     def forward(
         self, query: Tensor, boxes_xyxy: Tensor, roi_features: Tensor, valid: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """
+        """Refines the boxes.
+
         Args:
             query: (B, N, C).
             boxes_xyxy: (B, N, 4) pixels.
-            roi_features: (B * N, P, C) what RoIAlign read at those boxes.
-            valid: (B, N) bool or None where every query is real.
+            roi_features: (B * N, P, C) pooled features of these boxes.
+            valid: (B, N) or (B, N, N) bool; None if all queries are valid.
 
         Returns:
-            logits (B, N, K), refined boxes (B, N, 4) in at least float32, and the next query (B, N,
-            C).
+            Logits (B, N, K), refined boxes (B, N, 4) in at least float32, and the next query
+            (B, N, C).
         """
         query = self.norm(query + self.dropout(self.attention(query, boxes_xyxy, valid)))
         cls_query, reg_query, query = self.interaction(query, roi_features)
