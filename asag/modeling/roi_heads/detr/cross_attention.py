@@ -92,8 +92,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float 
     """Computes softmax(q k^T / sqrt(E)) v by a fused kernel; values may be narrower than keys.
 
     The fused kernel of the CPU requires equal widths; padding the values costs less than the
-    weights (B, H, N, L) that torch would compute otherwise. Traces (for counting operations) and exports
-    record the attention as on other devices.
+    weights (B, H, N, L) that torch would compute otherwise. Traces (for counting operations) and
+    exports record the attention as on other devices.
     """
     width = v.shape[-1]
     recorded = torch.jit.is_tracing() or is_exporting()
