@@ -164,7 +164,7 @@ class NoisedPredictions:
 
     Attributes:
         predictions: (S, B, D, ...); padding is not valid.
-        gt: ground truth (B, D) int64, the ground truth that each answers for, -1 on padding.
+        gt: (B, D) int64 index of the ground truth of each query, -1 on padding.
     """
 
     predictions: Predictions

@@ -1,7 +1,8 @@
 """Execution of a detector: memory format, activation checkpointing and compilation.
 
-The functions change components in place and keep their parameter names. `SparseDetector` knows
-nothing of them; its `from_config` applies the switches of the configuration to the components.
+The functions change components in place and keep their parameter names. The constructor
+of `SparseDetector` has no arguments for them; its `from_config` applies the switches of the
+configuration to the components.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Backbones that Detectron2 lacks."""
+"""Backbones beyond those of Detectron2."""
 
 from .dc5 import build_dc5_resnet_backbone
 from .slim_resnet import build_slim_resnet, build_slim_resnet_fpn_backbone

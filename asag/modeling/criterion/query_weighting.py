@@ -75,15 +75,15 @@ class QueryWeightingCriterion(SetCriterion):
         boxes = torch.where(matched[..., None], at_least_float32(predictions.boxes_xyxy), gt)
         scale = targets.image_whwh[:, None]
         area = weigh_area(box_area(gt / scale), self.area_weight) * matched  # (S, B, N)
-        answer = logits.gather(-1, label)[..., 0]
+        logit = logits.gather(-1, label)[..., 0]
         with torch.no_grad():
-            score, iou = answer.sigmoid(), box_iou(boxes, gt)
+            score, iou = logit.sigmoid(), box_iou(boxes, gt)
             positive = area * self.query_weights.positive(score, iou)
             negative = area * self.query_weights.negative(score, iou)
 
         background = logits.sigmoid().pow(self.focal_gamma) * F.softplus(logits)
         others = background.sum(dim=-1) - background.gather(-1, label)[..., 0] * matched
-        of_matched = positive * F.softplus(-answer) + negative * F.softplus(answer)
+        of_matched = positive * F.softplus(-logit) + negative * F.softplus(logit)
         ce = torch.where(predictions.valid, others + of_matched, 0).sum(dim=(1, 2))
 
         giou = (positive * (1 - box_giou(boxes, gt))).sum(dim=(1, 2))

@@ -16,14 +16,14 @@ def training_buffers(model: nn.Module) -> list[Tensor]:
     Excluded are non-persistent buffers, which are constants, and those of norms with fixed
     statistics such as `FrozenBatchNorm2d`.
     """
-    found: dict[int, Tensor] = {}
+    buffers: dict[int, Tensor] = {}
     for module in model.modules():
         if hasattr(module, "running_mean") and not isinstance(module, _NormBase):
             continue
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                found[id(buffer)] = buffer
-    return list(found.values())
+                buffers[id(buffer)] = buffer
+    return list(buffers.values())
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...layers.boxes import box_iou
 from ...layers.exporting import is_exporting
 
-_PICKS_BETWEEN_LOOKS = 16
+_PICKS_BETWEEN_CHECKS = 16
 
 
 def greedy_nms(
@@ -53,8 +53,8 @@ def greedy_nms(
     suppresses = _suppression(boxes_xyxy, iou_threshold, all_pairs=static)
     indices, taken = [], []
     while limit is None or len(indices) < limit:
-        look = not static and len(indices) % _PICKS_BETWEEN_LOOKS == 0
-        if look and not bool((left > -torch.inf).any()):
+        check = not static and len(indices) % _PICKS_BETWEEN_CHECKS == 0
+        if check and not bool((left > -torch.inf).any()):
             break
         best, index = left.max(dim=1, keepdim=True)  # (B, 1)
         indices.append(index)

@@ -103,8 +103,9 @@ class RoIReader(nn.Module):
 
 @ROI_HEADS_REGISTRY.register()
 class DynamicConvHeads(RefinementHeads):
-    """Stages with dynamic convolution in a row."""
+    """ROI heads of Sparse R-CNN: refinement stages with dynamic convolution."""
 
+    # Adds construction from a configuration, `DynamicConvHeads(cfg, input_shape)`.
     __init__ = configurable(RefinementHeads.__init__)
 
     @classmethod
