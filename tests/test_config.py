@@ -198,7 +198,7 @@ def test_values_out_of_range_are_refused_with_key_and_range(key):
 def test_every_name_of_the_library_has_a_rule_or_a_registry():
     """Texts are choices, except for names of components, feature maps, files and projects."""
     free = {"MODEL.NECK.NAME", "MODEL.MATCHER.NAME", "MODEL.CRITERION.NAME", "LOGGING.WANDB"}
-    free |= {"MODEL.ENCODER.IN_FEATURE", "INPUT.CROP.TYPE"}
+    free |= {"MODEL.ENCODER.IN_FEATURE", "MODEL.TIMM.NAME", "MODEL.TIMM.WEIGHTS"}
     theirs = dict(leaves(get_cfg()))
     ours = {
         key for key, value in leaves(get_asag_cfg()) if isinstance(value, str) and key not in theirs

@@ -190,7 +190,6 @@ def test_drop_path() -> None:
         ({"TIMM__NAME": "test_maxvit"}, r"TIMM\.NAME is 'test_maxvit'.*images of any size"),
         ({"TIMM__OUT_STRIDES": (4, 64)}, r"OUT_STRIDES is \(4, 64\), .*2, 4, 8, 16, 32"),
         ({"TIMM__OUT_STRIDES": ()}, r"OUT_STRIDES is \(\)"),
-        ({"TIMM__NORM": "GN"}, r"TIMM\.NORM is 'GN'; choose one of: 'BN', 'SyncBN', 'Frozen"),
         ({"TIMM__NORM": "FrozenBN", "TIMM__NAME": CONVNEXT}, r"'FrozenBN', but test_convnext has"),
         ({"TIMM__NAME": "hrnet_w18_small", "BACKBONE__FREEZE_AT": 2}, r"FREEZE_AT is 2, .*to 0"),
         ({"TIMM__PRETRAINED": True, "TIMM__WEIGHTS": "x"}, r"WEIGHTS is 'x'; choose one"),

@@ -152,6 +152,7 @@ RULES: dict[str, Range | OneOf | Each] = {
     "MODEL.SWIN.WINDOW_SIZE": COUNT,
     "MODEL.SWIN.DROP_PATH_RATE": RATE,
     "MODEL.TIMM.OUT_STRIDES": Each(COUNT),
+    "MODEL.TIMM.NORM": OneOf(("BN", "SyncBN", "FrozenStatistics", "FrozenBN")),
     "MODEL.TIMM.DROP_PATH_RATE": RATE,
     "MODEL.DECODER.NUM_STAGES": COUNT,
     "MODEL.DECODER.HIDDEN_DIM": COUNT,

@@ -21,7 +21,6 @@ from ...checkpoint.download import local_file
 from ...checkpoint.reading import read_checkpoint
 from ...checkpoint.report import BATCH_COUNTER
 from ...checkpoint.timm import to_body_names
-from ..registry import check_choice
 from .timm_extractor import (
     create_extractor,
     drop_behind,
@@ -30,21 +29,20 @@ from .timm_extractor import (
     modules_up_to,
 )
 
-NORMS = ("BN", "SyncBN", "FrozenStatistics", "FrozenBN")
-# How far MODEL.PIXEL_MEAN and MODEL.PIXEL_STD may lie from the network's own, in gray levels:
-# 127 is as good as 127.5.
+# Largest difference of MODEL.PIXEL_MEAN and MODEL.PIXEL_STD from the network's own, in gray levels:
+# 127 is accepted for 127.5.
 PIXEL_TOLERANCE = 1.0
 
 logger = logging.getLogger(__name__)
 
 
 class TimmBackbone(Backbone):
-    """A feature extractor of timm, outputs "res2" (stride 4) to "res5" (stride 32) and their like.
+    """Feature extractor of timm with outputs such as "res2" (stride 4) to "res5" (stride 32).
 
     Attributes:
         name: of the network.
         body: timm's module; parameter names below it are timm's.
-        pixel_mean, pixel_std: what the pretrained weights expect, RGB, 0 to 255.
+        pixel_mean, pixel_std: normalization of the pretrained weights, RGB, 0 to 255.
     """
 
     def __init__(
@@ -60,24 +58,23 @@ class TimmBackbone(Backbone):
     ) -> None:
         """
         Args:
-            name: of a timm model, perhaps with a tag for its weights ("resnet50.a1_in1k").
+            name: of a timm model, optionally with a tag for its weights ("resnet50.a1_in1k").
             pretrained: let timm download its weights.
-            out_strides: strides of the feature maps, each a power of two. Where a network has
-                several maps of a stride, the last is taken.
-            norm: batch norms: "BN" trains them on the statistics of each batch, "SyncBN" on those
-                of all processes, "FrozenStatistics" keeps their statistics and trains scale and
-                shift, "FrozenBN" keeps all. Other norms are trained.
-            drop_path_rate: stochastic depth of the last block while training, 0 to 1.
-            freeze_at: n keeps everything up to "resn" as it is, batch norms included; 1 the stem,
-                0 nothing.
+            out_strides: strides of the feature maps, each a power of two. If a network has several
+                maps of a stride, the last is used.
+            norm: batch norms: "BN" uses the statistics of each batch, "SyncBN" those of all
+                processes, "FrozenStatistics" fixes the statistics and trains scale and shift,
+                "FrozenBN" fixes all. Other norms are trained.
+            drop_path_rate: stochastic depth rate of the last block, 0 to 1.
+            freeze_at: n freezes all stages up to "resn", including batch norms; 1 the stem, 0
+                nothing.
             options: further arguments of the timm model.
 
         Raises:
             ImportError: timm is not installed.
-            ValueError: a value that cannot work; the message names its configuration key.
+            ValueError: a value is not possible for this network. The message names its key.
         """
         super().__init__()
-        check_choice("MODEL.TIMM.NORM", norm, NORMS)
         self.name = name
         self.body = create_extractor(name, pretrained, drop_path_rate, options)
         info = self.body.feature_info
@@ -119,7 +116,7 @@ class TimmBackbone(Backbone):
                 setattr(self.body.get_submodule(parent), child, freeze_batch_norm_2d(module))
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """Norms with frozen statistics stay in evaluation mode."""
+        """Sets the mode; norms with fixed statistics stay in evaluation mode."""
         super().train(mode)
         if self._fixed_statistics:
             for module in self.body.modules():
@@ -129,8 +126,7 @@ class TimmBackbone(Backbone):
 
     @property
     def stages(self) -> list[nn.Module]:
-        """Parts that do the work, in order: stages, or the blocks of a transformer; empty where the
-        network has neither."""
+        """Stages of the network in order, or blocks of a transformer; empty if it has neither."""
         modules = dict(self.body.named_modules())
         for name in ("blocks", "model.blocks"):
             if isinstance(blocks := modules.get(name), nn.Sequential | nn.ModuleList):
@@ -140,14 +136,15 @@ class TimmBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """Largest stride: networks differ in what they do with an incomplete last cell."""
+        """Largest stride: networks differ in their handling of incomplete cells at the border."""
         return max(self._positions)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return dict(self._shapes)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """
+        """Computes the feature maps.
+
         Args:
             images: (B, 3, H, W), H and W multiples of `size_divisibility`.
 
@@ -155,7 +152,7 @@ class TimmBackbone(Backbone):
             name -> (B, C, H / stride, W / stride).
 
         Raises:
-            ValueError: the network's maps have other sizes: it has convolutions without padding.
+            ValueError: the maps have other sizes, because of convolutions without padding.
         """
         every = self.body(images)
         maps = [every[i] for i in self._positions.values()]
@@ -172,15 +169,15 @@ class TimmBackbone(Backbone):
         return outputs
 
     def load_weights(self, address: str) -> None:
-        """Loads a whole network, trained on image classification or so.
+        """Loads the weights of a whole network, for example from image classification.
 
         Args:
             address: of a file, see `asag.checkpoint.download`, with timm's names or
                 EfficientNet-PyTorch's.
 
         Raises:
-            OSError: the file cannot be had.
-            ValueError: it is unreadable, or not of this network.
+            OSError: the file cannot be read or downloaded.
+            ValueError: it is damaged, or of another network.
         """
         given = to_body_names(read_checkpoint(local_file(address))["model"], self.body.state_dict())
         own = _without_counters(self.body.state_dict())
@@ -190,12 +187,12 @@ class TimmBackbone(Backbone):
 
 
 def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without the counters of batch norms, which frozen ones lack."""
+    """Returns a state dict without the counters of batch norms, which frozen ones lack."""
     return {name: value for name, value in state.items() if not name.endswith(BATCH_COUNTER)}
 
 
 def _check_whole(address: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless the weights are those of a network."""
+    """Raises ValueError if names or shapes of the weights differ from the network's."""
     missing = [x for x in own if x not in given]
     wrong = [x for x in given if x not in own or given[x].shape != own[x].shape]
     for names, fault in ((missing, "lacks"), (wrong, "has another form of")):
@@ -207,15 +204,15 @@ def _check_whole(address: str, given: Mapping[str, Tensor], own: Mapping[str, Te
 
 
 def check_pixels(cfg: CfgNode, name: str, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Compares the normalization of the input with what a network was trained with.
+    """Compares the normalization of the input with that of the network.
 
     Args:
         cfg: the configuration.
         name: of the network.
-        mean, std: its own, RGB, 0 to 255.
+        mean, std: normalization of the network, RGB, 0 to 255.
 
     Raises:
-        ValueError: they differ; the message says what to set.
+        ValueError: they differ. The message gives the values to set.
     """
     wrong = []
     for key, own in (("PIXEL_MEAN", mean), ("PIXEL_STD", std)):
@@ -233,24 +230,24 @@ def check_pixels(cfg: CfgNode, name: str, mean: Sequence[float], std: Sequence[f
 
 @BACKBONE_REGISTRY.register()
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
-    """The network of `MODEL.TIMM`, outputs "res2" to "res5" or those of its `OUT_STRIDES`.
+    """Builds the network of `MODEL.TIMM`, outputs "res2" to "res5" or those of `OUT_STRIDES`.
 
-    `PRETRAINED` and `WEIGHTS` are where training starts: they are ignored where MODEL.WEIGHTS names
-    weights, so that a trained detector needs neither internet nor that file.
+    `PRETRAINED` and `WEIGHTS` are initial weights for training. They are ignored if MODEL.WEIGHTS is
+    set, so that a trained detector needs neither internet nor that file.
 
     Raises:
-        ValueError: a value that cannot work; the message names its key.
-        OSError: the file of `WEIGHTS` cannot be had.
+        ValueError: a value is not possible. The message names its key.
+        OSError: the file of `WEIGHTS` cannot be read or downloaded.
     """
     return _build(cfg, input_shape, cfg.MODEL.TIMM.OUT_STRIDES)
 
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """`build_timm_backbone` under Detectron2's feature pyramid.
+    """Builds `build_timm_backbone` with Detectron2's feature pyramid.
 
-    Outputs "p2" to "p6" for MODEL.FPN.IN_FEATURES "res2" to "res5"; in general, one for each of
-    these and one more behind the last. Parts of the network that none of them needs are not built.
+    The outputs are "p2" to "p6" for MODEL.FPN.IN_FEATURES "res2" to "res5"; in general, one for
+    each of them and one more behind the last. Stages behind the last one are not built.
     """
     names = list(cfg.MODEL.FPN.IN_FEATURES)
     strides = [2 ** int(x[3:]) for x in names if re.fullmatch(r"res\d", x)]
@@ -261,7 +258,7 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
             f"MODEL.FPN.IN_FEATURES is {names}; it must be neighbors, finest first, among the maps "
             f"of MODEL.TIMM.OUT_STRIDES: {available}"
         )
-    top_block = LastLevelMaxPool()  # made for p5, whatever stands behind it
+    top_block = LastLevelMaxPool()  # reads p5 by default
     top_block.in_feature = names[-1].replace("res", "p")
     return FPN(
         bottom_up=_build(cfg, input_shape, strides),

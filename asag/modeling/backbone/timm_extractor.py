@@ -1,4 +1,4 @@
-"""Feature extractors of timm: creating them, choosing their maps, and finding their parts."""
+"""Feature extractors of timm: creation, selection of feature maps, access to stages."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch import nn
 def create_extractor(
     name: str, pretrained: bool, drop_path_rate: float, options: Mapping[str, Any]
 ) -> nn.Module:
-    """A feature extractor of timm with all of its maps.
+    """Creates a feature extractor of timm with all of its feature maps.
 
     Args:
         name: of a timm model.
         pretrained: let timm download its weights.
-        drop_path_rate: of the last block, 0 to 1.
+        drop_path_rate: stochastic depth rate of the last block, 0 to 1.
         options: further arguments of the timm model.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: an unknown name, a network that cannot be a detector's backbone, or no weights.
+        ValueError: the name is unknown, the network is unsuitable as a backbone, or it has no
+            weights.
     """
     try:
         import timm
@@ -53,7 +54,7 @@ def create_extractor(
             else "choose another network: detectors need one that takes images of any size"
         )
         raise ValueError(f"MODEL.TIMM.NAME is {name!r}: {error}; {hint}") from error
-    except Exception as error:  # of timm, and of all kinds of downloads
+    except Exception as error:  # timm and its downloads raise many types
         reason = f"{type(error).__name__}: {error}"
         if pretrained:
             raise ValueError(
@@ -75,10 +76,10 @@ def map_positions(name: str, strides: Sequence[int], requested: Sequence[int]) -
         requested: strides to find.
 
     Returns:
-        Stride, rising -> position of its last map.
+        Stride, ascending -> position of its last map.
 
     Raises:
-        ValueError: a requested stride is not there or repeated, or none is requested.
+        ValueError: a requested stride is missing or repeated, or none is requested.
     """
     available = {stride: i for i, stride in enumerate(strides) if stride & (stride - 1) == 0}
     missing = [x for x in requested if x not in available]
@@ -91,7 +92,7 @@ def map_positions(name: str, strides: Sequence[int], requested: Sequence[int]) -
 
 
 def module_name(body: nn.Module, published: str) -> str | None:
-    """Name in an extractor of a module that the network calls `published`, None if it is not there.
+    """Returns the name in an extractor of the module `published` of the network; None if missing.
 
     An extractor may hold the network as "model", or write the first dot as an underscore.
     """
@@ -101,8 +102,8 @@ def module_name(body: nn.Module, published: str) -> str | None:
 
 
 def drop_behind(body: nn.Module, last: str) -> None:
-    """Removes what only later maps need: parameters that no loss reaches stop distributed
-    training."""
+    """Removes the modules behind the map `last`: distributed training does not support parameters
+    without gradients."""
     name = module_name(body, last) or ""
     if name and isinstance(body, nn.ModuleDict):
         keys = list(body)
@@ -113,7 +114,7 @@ def drop_behind(body: nn.Module, last: str) -> None:
 
 
 def modules_up_to(body: nn.Module, freeze_at: int) -> list[tuple[str, nn.Module]]:
-    """Names and modules that `MODEL.BACKBONE.FREEZE_AT` keeps as they are, in order of use.
+    """Returns names and modules that `MODEL.BACKBONE.FREEZE_AT` freezes, in order of use.
 
     Raises:
         ValueError: the stages of this network are not modules.
@@ -131,7 +132,7 @@ def modules_up_to(body: nn.Module, freeze_at: int) -> list[tuple[str, nn.Module]
     if inside:
         last = f"{inside[-1]}."
         end = max(i for i, (x, _) in enumerate(modules) if f"{x}.".startswith(last)) + 1
-    else:  # what stands in front of the stages or blocks
+    else:  # modules in front of the stages or blocks
         first = re.sub(r"[._]\d+$", "", ends[0])
         end = next(i for i, (x, _) in enumerate(modules) if x.startswith(first))
     return modules[:end]
