@@ -1,5 +1,5 @@
-"""Data passed between the components: `ImageSizes`, `Queries`, `Predictions` and the padded ground
-truth `Targets`.
+"""Data passed between the components: `ImageSizes`, `Queries`, `Predictions` and `Targets`, the
+padded ground truth.
 
 B images, N queries, C channels, S stages, K classes, M objects of the fullest image (padding).
 All boxes are xyxy in absolute pixels of the resized, unpadded network input. `valid` masks mark

@@ -201,7 +201,7 @@ def merge_by_vote(detections: Detections, iou_threshold: float, min_score: float
 def _vote(
     boxes: Tensor, scores: Tensor, iou_threshold: float, min_score: float
 ) -> tuple[Tensor, Tensor]:
-    """`merge_by_vote` for boxes (D, 4) and scores (D,) of one class."""
+    """Implements `merge_by_vote` for boxes (D, 4) and scores (D,) of one class."""
     leaders = nms(boxes, scores, iou_threshold)  # (L,) best first
     overlap = box_iou(boxes[leaders][:, None], boxes[None])  # (L, D)
     # Greedy clustering: a box belongs to the first leader that overlaps it enough. Because of

@@ -232,8 +232,8 @@ def check_pixels(cfg: CfgNode, name: str, mean: Sequence[float], std: Sequence[f
 def build_timm_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> TimmBackbone:
     """Builds the network of `MODEL.TIMM`, outputs "res2" to "res5" or those of `OUT_STRIDES`.
 
-    `PRETRAINED` and `WEIGHTS` are initial weights for training. They are ignored if MODEL.WEIGHTS is
-    set, so that a trained detector needs neither internet nor that file.
+    `PRETRAINED` and `WEIGHTS` are initial weights for training. They are ignored if MODEL.WEIGHTS
+    is set, so that a trained detector needs neither internet nor that file.
 
     Raises:
         ValueError: a value is not possible. The message names its key.
