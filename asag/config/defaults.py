@@ -388,10 +388,6 @@ def _add_solver(cfg: CN) -> None:
     # Evaluations (every TEST.EVAL_PERIOD iterations) in a row without a better box AP after which
     # training ends; 0 trains to the end.
     s.EARLY_STOP_PATIENCE = 0
-    # Steps with losses, predictions or gradients that are NaN or infinite: how many, in all, are
-    # left out (no update, a warning) before the training ends. 0 ends it at the first.
-    s.NON_FINITE = CN()
-    s.NON_FINITE.MAX_SKIPS = 0
     # Forward and backward pass of the largest possible batch before the training, without a trace
     # in it, to see whether the memory is enough: "auto" (on CUDA only), "always" or "never".
     s.MEMORY_CHECK = "auto"
