@@ -13,9 +13,10 @@ import pytest
 import torch
 from engine_support import CONFIG, register_tiny_shapes, tiny_cfg, tiny_options
 
+from asag.diagnostics import step_profile
 from asag.diagnostics.profiling import PhaseTimer, device_busy_ms
 from asag.diagnostics.step_profile import StepProfile, hints, profile_steps, render
-from asag.engine import step_profile, trainer
+from asag.engine import trainer
 from asag.modeling.matching import HungarianMatcher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
@@ -78,7 +79,7 @@ def test_nothing_is_said_where_nothing_is_out_of_proportion(monkeypatch, tmp_pat
     assert profile.phase_ms["roi_heads"] > 1000 * NAP and profile.images == 4
     assert profile.images_per_second == pytest.approx(4000 / profile.total_ms)
     assert hints(profile, cfg) == []
-    assert render(profile, cfg).splitlines()[-1] == "nothing is out of proportion"
+    assert render(profile, cfg).splitlines()[-1] == "no hints"
 
 
 def test_profiling_writes_nothing_and_keeps_the_configuration(tmp_path):
@@ -122,9 +123,9 @@ SINKHORN = {
     [
         (HEALTHY, {}, None),
         (with_phase(data=30), {}, "set DATALOADER.NUM_WORKERS to about 2 (now 0)"),
-        (with_phase(data=30), {"DATALOADER__NUM_WORKERS": 3}, "3 would do if each had a core"),
-        (replace(with_phase(data=900), batch_ms=950), {}, "10 processes would keep up, but there"),
-        (HEALTHY, {"DATALOADER__NUM_WORKERS": 9}, "NUM_WORKERS 9 on 4 core(s); about 2 will do"),
+        (with_phase(data=30), {"DATALOADER__NUM_WORKERS": 3}, "3 would be enough with a core"),
+        (replace(with_phase(data=900), batch_ms=950), {}, "10 processes are needed, but there"),
+        (HEALTHY, {"DATALOADER__NUM_WORKERS": 9}, "NUM_WORKERS 9 on 4 core(s); about 2 are enough"),
         (with_phase(matcher=20), {}, "NUM_QUERIES, now 6) or stages"),
         (with_phase(matcher=20), SINKHORN, "MODEL.MATCHER.OT.SOLVER exact"),
         (

@@ -23,9 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from asag.config.loading import differences
 from asag.data import SparseDetectionMapper
-from asag.data.mapper import eval_augmentations
-from asag.engine import reporting
-from asag.report import REPORT_FILE, Run, RunFolderError, RunRecord, write_report
+from asag.report import REPORT_FILE, Run, RunFolderError, RunRecord, record, write_report
 from asag.report.accuracy import AREAS, coco_accuracy
 from asag.report.annotations import DatasetSummary, GroundTruth
 from asag.report.charts import Line, line_chart, thinned
@@ -370,7 +368,7 @@ def test_data_set_of_another_evaluator_shows_its_metrics(tmp_path):
 
 
 def test_a_report_that_fails_does_not_fail_the_training(tmp_path, caplog):
-    with caplog.at_level(logging.ERROR, logger=reporting.__name__):
+    with caplog.at_level(logging.ERROR, logger=record.__name__):
         assert report_training(tiny_cfg(tmp_path), torch.nn.Identity(), []) is None
     assert str(tmp_path / REPORT_FILE) in caplog.text
     assert "metrics.json" in caplog.text
@@ -638,9 +636,7 @@ def test_matching_equals_images_one_by_one(tmp_path, matcher):
     assert torch.equal(rng, torch.get_rng_state()) and model.training
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format="RGB"
-    )
+    mapper = SparseDetectionMapper.without_augmentation(cfg)
     model.eval()
     objects, positives, matched, best = 0, np.zeros(2), np.zeros(12), set()
     for entry in dicts:
