@@ -1,4 +1,4 @@
-"""Files that other processes may read while they are written."""
+"""Files that appear under their name only when they are complete."""
 
 from __future__ import annotations
 
@@ -7,46 +7,35 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any
 
 
 @contextmanager
-def atomic_writer(path: str | os.PathLike[str]) -> Iterator[TextIO]:
-    """Opens a text file that appears under its name only when it is complete, see `atomic_path`.
+def atomic_writer(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a file for writing that replaces `path` when the block ends.
 
-    Yields:
-        The open scratch file (UTF-8).
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
-    with atomic_path(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
-        yield file
-
-
-@contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A place to write a file that appears under its name only when it is complete.
-
-    The scratch file lies in the same folder, takes the place of `path` when the block ends and is
-    removed when the block raises. Several processes may write the same path at once: readers see
-    one of the complete versions.
+    The data goes into a scratch file in the same folder, which is flushed to the disk and renamed
+    at the end, or removed if the block raises. Several processes may write the same path at once:
+    readers see one of the complete versions.
 
     Args:
-        path: the file to write; missing parent folders are made.
+        path: the file to write; missing parent folders are created.
+        mode: "w" for text (UTF-8) or "wb" for bytes.
 
     Yields:
-        The scratch file, empty.
+        The open scratch file.
 
     Raises:
-        OSError: the folder cannot be made or written.
+        OSError: the folder cannot be created or written; `path` is unchanged.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    os.close(descriptor)
     try:
-        yield Path(scratch)
+        with open(descriptor, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(scratch, 0o666 & ~_umask())  # mkstemp makes it private to the user
         os.replace(scratch, target)
     except BaseException:
@@ -55,7 +44,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _umask() -> int:
-    """The process's file mode mask (readable only by setting it)."""
+    """Returns the process's file mode mask, which can only be read by setting it."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -40,7 +40,7 @@ def test_divergence_is_told_where_its_file_cannot_be_written(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     register_tiny_shapes()
-    monkeypatch.setattr(non_finite, "write_atomically", full)
+    monkeypatch.setattr(non_finite, "atomic_writer", full)
     run = Trainer(tiny_cfg(tmp_path))
     with torch.no_grad():
         next(run.model.roi_heads.parameters()).fill_(float("nan"))

@@ -31,7 +31,7 @@ from asag.checkpoint.layouts import (  # noqa: E402
     convert,
 )
 from asag.checkpoint.reading import read_checkpoint  # noqa: E402
-from asag.files import atomic_path  # noqa: E402
+from asag.files import atomic_writer  # noqa: E402
 
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
@@ -136,15 +136,15 @@ def write(
     # Slices of a packed matrix share its memory; a file would hold all of it for each.
     state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     flat = path.suffix != SAFETENSORS and layout.startswith(TRANSFORMERS)
-    with atomic_path(path) as scratch:
+    with atomic_writer(path, "wb") as file:
         if path.suffix == SAFETENSORS:
             metadata = {"format": "pt"}
             if class_names:
                 metadata["class_names"] = json.dumps(list(class_names))
-            safetensors.torch.save_file(state, scratch, metadata)
+            file.write(safetensors.torch.save(state, metadata))
         else:
             names = {"class_names": list(class_names)} if class_names else {}
-            torch.save(state if flat else {"model": state, **names}, scratch)
+            torch.save(state if flat else {"model": state, **names}, file)
     if not class_names:
         return ""
     kept = "left out: this format has no place for them" if flat else "kept"

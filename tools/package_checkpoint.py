@@ -24,7 +24,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from asag.checkpoint.checkpointer import write_atomically  # noqa: E402
 from asag.checkpoint.loading import load_weights  # noqa: E402
 from asag.config.loading import differences, find_config, load_config  # noqa: E402
 from asag.engine.trainer import Trainer  # noqa: E402
@@ -92,14 +91,15 @@ def package(args: argparse.Namespace) -> dict[str, Any]:
     stripped = {"model": strip(source["model"]), "class_names": list(source["class_names"])}
     with tempfile.TemporaryDirectory() as scratch:
         candidate = Path(scratch) / target.name
-        write_atomically(stripped, candidate)
+        torch.save(stripped, candidate)
         size = candidate.stat().st_size
         if size > MAX_BYTES:
             raise ValueError(f"{size} bytes; weights in the library have {MAX_BYTES} at most")
         fixed = ["OUTPUT_DIR", scratch, "MODEL.DEVICE", "cpu"]
         cfg = load_config(str(recipe_file), [*options, *fixed])
         evaluation = evaluate(cfg, candidate)
-    write_atomically(stripped, target)
+    with atomic_writer(target, "wb") as file:
+        torch.save(stripped, file)
     record = {
         "config": recipe_file.stem,
         "options": options,

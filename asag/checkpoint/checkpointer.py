@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch
 from ..files import atomic_writer
 from .loading import PublishedCheckpointer
 
-SCRATCH_FILES = ".*.pth.*"  # what `write_atomically` calls a checkpoint that is not complete
+SCRATCH_FILES = ".*.pth.*"  # names that `atomic_writer` gives to incomplete checkpoints
 
 
 class AtomicCheckpointer(PublishedCheckpointer):
@@ -48,29 +46,8 @@ class AtomicCheckpointer(PublishedCheckpointer):
 
     def _write(self, name: str, data: dict[str, Any]) -> None:
         target = Path(self.save_dir) / f"{name}.pth"
-        target.parent.mkdir(parents=True, exist_ok=True)
         self.logger.info(f"Saving checkpoint to {target}")
         for leftover in target.parent.glob(SCRATCH_FILES):  # of a process killed while it wrote
             leftover.unlink(missing_ok=True)
-        write_atomically(data, target)
-
-
-def write_atomically(data: dict[str, Any], target: Path) -> None:
-    """`torch.save` into a scratch file beside `target`, which then takes its name.
-
-    Raises:
-        OSError: the folder cannot be written; `target` is as it was.
-    """
-    descriptor, scratch = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
+        with atomic_writer(target, "wb") as file:
             torch.save(data, file)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(scratch, 0o666 & ~mask)  # mkstemp makes it private to the user
-        os.replace(scratch, target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise

@@ -20,7 +20,7 @@ import torch
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..checkpoint.checkpointer import write_atomically
+from ..files import atomic_writer
 from ..modeling.layers.buffers import training_buffers
 from ..structures import NoisedPredictions, Predictions
 from .bad_numbers import (
@@ -302,7 +302,8 @@ class NonFiniteGuard:
             "rng": step.rng,
             "config": self.config,
         }
-        write_atomically(state, path)
+        with atomic_writer(path, "wb") as file:
+            torch.save(state, file)
         return path
 
 
