@@ -16,9 +16,8 @@ from engine_support import losses, register_tiny_shapes, tiny_cfg, weights
 from torch import nn
 
 from asag.engine import NonFiniteLossError, Trainer, build_optimizer
-from asag.engine.loss_log import LossLog
 from asag.engine.optimizer import build_clipper, gradient_norm, parameter_groups
-from asag.engine.step import TrainStep, amp_dtype, split_batch
+from asag.engine.step import LossLog, TrainStep, amp_dtype, split_batch
 
 
 def tiny_batch(cfg, size: int = 4):
@@ -336,8 +335,8 @@ def test_log_copies_once_for_many_steps(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, _only_on_result(copies, name), raising=True)
     records = log.collect()
     assert len(copies) == 1
-    assert [(r.iteration, r.scalars["loss_ce"]) for r in records] == [(i, i) for i in range(20)]
-    assert math.isnan(records[0].scalars["positives"])
+    assert [(step, scalars["loss_ce"]) for step, scalars in records] == [(i, i) for i in range(20)]
+    assert math.isnan(records[0][1]["positives"])
     assert log.collect() == []
 
 

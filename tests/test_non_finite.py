@@ -1,7 +1,8 @@
-"""Steps whose numbers are no numbers: found, left out, reported and reproduced."""
+"""Non-finite steps: detected, skipped, reported and reproduced."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import replace as changed
@@ -24,13 +25,12 @@ from asag.engine.non_finite import (
     BOXES,
     LOGITS,
     NonFiniteGuard,
-    PredictionWatch,
     update_on_device,
     update_unless,
+    watch_predictions,
 )
 from asag.engine.step import TrainStep
 from asag.modeling.criterion.set_criterion import SetCriterion
-from asag.modeling.layers.buffers import preserved_buffers
 from asag.structures import Predictions
 
 BAD = 2  # the iteration that goes wrong
@@ -52,20 +52,6 @@ class SpoiltTrainer(Trainer):
         if i in self.iterations:
             self.change(batch)
         return batch
-
-
-class CautiousTrainer(Trainer):
-    """Looks at the batch `BAD`, but does not learn from it."""
-
-    def run_step(self) -> None:
-        if self.iter != BAD:
-            super().run_step()
-            return
-        step = self.optimizer.step
-        self.optimizer.step = lambda: None
-        with preserved_buffers(self.model):
-            super().run_step()
-        self.optimizer.step = step
 
 
 def infinite_pixel(batch: list[dict]) -> None:
@@ -137,7 +123,7 @@ def only_file(folder: Path) -> Path:
     return path
 
 
-# What is found, and reproduced
+# Detected and reproduced
 
 
 def test_image(tmp_path, capsys):
@@ -238,7 +224,7 @@ def test_another_outcome_is_said(tmp_path):
     assert replay_tool.main([str(only_file(tmp_path))]) == 1
 
 
-# What is left out
+# Skipped
 
 
 def as_on_a_gpu(trainer: Trainer, monkeypatch) -> None:
@@ -250,33 +236,37 @@ def as_on_a_gpu(trainer: Trainer, monkeypatch) -> None:
 STATISTICS = {"MODEL__SLIM_RESNET__NORM": "BN", "MODEL__SLIM_RESNET__WIDTH": 8}
 
 
-@pytest.fixture(scope="module")
-def cautious(tmp_path_factory) -> Trainer:
-    trainer = new_trainer(tmp_path_factory.mktemp("cautious"), CautiousTrainer, **STATISTICS)
-    trainer.train()
-    return trainer
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("change", [infinite_pixel, nan_box, "loss"])
+def test_a_bad_step_does_not_reach_the_weights(tmp_path, change, late, monkeypatch, spoil_losses):
+    if change == "loss":
+        change = spoil_losses(nan_loss)
+    healthy = new_trainer(tmp_path / "healthy", Trainer, SOLVER__MAX_ITER=BAD, **STATISTICS)
+    healthy.train()
+    trainer = new_trainer(tmp_path / "bad", SOLVER__MAX_ITER=BAD + 1, **STATISTICS)
+    trainer.change = change
+    if late:  # the last step of a run: noticed before the final checkpoint
+        as_on_a_gpu(trainer, monkeypatch)
+    with pytest.raises(NonFiniteLossError, match=f"iteration {BAD}"):
+        trainer.train()
+    assert not (tmp_path / "bad" / "last_checkpoint").exists()
+    assert torch.equal(weights(trainer.model), weights(healthy.model))
+    assert losses(trainer)[:BAD] == losses(healthy)
+    state = load_step(only_file(tmp_path / "bad"))
+    for name, value in healthy.model.state_dict().items():
+        assert torch.equal(state["model"][name], value), name
+    assert replay(state).reproduced
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("change", [infinite_pixel, nan_box, "loss"])
-def test_a_skipped_step_leaves_no_trace(
-    tmp_path, change, late, monkeypatch, caplog, spoil_losses, cautious
-):
-    if change == "loss":
-        change = spoil_losses(nan_loss)
-    trainer = new_trainer(tmp_path / "skip", SOLVER__NON_FINITE__MAX_SKIPS=1, **STATISTICS)
-    trainer.change = change
+def test_a_bad_step_ends_training_before_an_evaluation(tmp_path, late, monkeypatch):
+    trainer = new_trainer(tmp_path, TEST__EVAL_PERIOD=BAD + 1)
+    trainer.change = infinite_pixel
     if late:
         as_on_a_gpu(trainer, monkeypatch)
-    with caplog.at_level("WARNING", logger="asag"):
+    monkeypatch.setattr(trainer, "evaluate", lambda: pytest.fail("evaluated a diverged model"))
+    with pytest.raises(NonFiniteLossError, match=f"iteration {BAD}"):
         trainer.train()
-    assert "step 1 of at most 1 (SOLVER.NON_FINITE.MAX_SKIPS) was left out" in caplog.text
-    assert torch.equal(weights(trainer.model), weights(cautious.model))
-    expected = losses(cautious)
-    assert losses(trainer) == expected[:BAD] + expected[BAD + 1 :]
-    for name, value in cautious.model.state_dict().items():
-        assert torch.equal(trainer.model.state_dict()[name], value), name
-    assert replay(load_step(only_file(tmp_path / "skip"))).reproduced
 
 
 def test_late_file_holds_what_the_bad_step_met(tmp_path, monkeypatch):
@@ -298,24 +288,13 @@ def test_late_file_holds_what_the_bad_step_met(tmp_path, monkeypatch):
     assert torch.equal(early["rng"]["torch"], late["rng"]["torch"])
 
 
-def test_one_skip_too_many(tmp_path):
-    trainer = new_trainer(tmp_path, SOLVER__NON_FINITE__MAX_SKIPS=1)
-    trainer.change, trainer.iterations = infinite_pixel, (1, 2, 3)
-    with pytest.raises(NonFiniteLossError, match="iteration 2"):
-        trainer.train()
-    assert len(list(tmp_path.glob("non_finite_*.pth"))) == 2
-    assert not (tmp_path / "last_checkpoint").exists()
-
-
 def test_a_healthy_run_is_the_same_without_the_guard(tmp_path):
     guarded, plain = (new_trainer(tmp_path / n, Trainer, SOLVER__MAX_ITER=2) for n in "ab")
     guarded.train()
     seed_all_rng(7)
     plain = Trainer(plain.cfg)
-    watch = plain._trainer.guard._watch
-    watch._clean = lambda found: found
+    plain._trainer.guard.step = lambda iteration, batch: contextlib.nullcontext()
     plain._trainer.guard.examine = lambda losses, gradients: torch.tensor(False)
-    plain._trainer.guard.finish = lambda bad: None
     plain.train()
     assert torch.equal(weights(guarded.model), weights(plain.model))
     assert losses(guarded) == losses(plain)
@@ -353,41 +332,52 @@ def test_loss_scaler(tmp_path):
     """Overflowing gradients are the scaler's business, a bad loss is not."""
     model = Line()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    guard = NonFiniteGuard(model, optimizer, folder=tmp_path, config="", max_skips=1)
+    guard = NonFiniteGuard(model, optimizer, folder=tmp_path)
     step = TrainStep(model, optimizer, guard=guard)
     step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    for i, (slope, offset) in enumerate([(0.5, 0.0), (1e37, 0.0), (0.5, math.inf)]):
-        batch = [{"slope": slope, "offset": offset}]
-        guard.begin(i, batch)
-        step(batch)
+    for slope in (0.5, 1e37):
+        step([{"slope": slope, "offset": 0.0}])
         assert model.weight.tolist() == [0.5, 0.5]
-    assert guard.take_skipped() == [2] and only_file(tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"iteration 7: loss_line = inf"):
+        step([{"slope": 0.5, "offset": math.inf}], iteration=7)
+    assert model.weight.tolist() == [0.5, 0.5] and only_file(tmp_path)
 
 
-def test_watch_puts_zeros_in_place_of_bad_predictions():
+def test_a_step_without_a_folder_writes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = Line()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    with pytest.raises(NonFiniteLossError, match="loss_line = inf") as caught:
+        step([{"slope": 0.5, "offset": math.inf}])
+    assert model.weight.tolist() == [1.0, 1.0]
+    assert "replay.py" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_watch_replaces_bad_predictions_by_zeros():
     class Heads(nn.Module):
         def forward(self, predictions):
             return predictions
 
     model = nn.Module()
     model.roi_heads = Heads()
-    watch = PredictionWatch(model)
     boxes, logits = torch.rand(2, 1, 3, 4), torch.rand(2, 1, 3, 5)
     valid = torch.tensor([[True, True, False]])
     good = Predictions(logits, boxes, valid)
-    found = model.roi_heads(good)
-    assert torch.equal(found.boxes_xyxy, boxes) and torch.equal(found.logits, logits)
-    assert {name: count.item() for name, count in watch.counts.items()} == {BOXES: 0, LOGITS: 0}
+    with watch_predictions(model) as counts:
+        cleaned = model.roi_heads(good)
+    assert torch.equal(cleaned.boxes_xyxy, boxes) and torch.equal(cleaned.logits, logits)
+    assert {name: count.item() for name, count in counts.items()} == {BOXES: 0, LOGITS: 0}
 
     boxes, logits = boxes.clone(), logits.clone()
     boxes[0, 0, 1, 2], boxes[1, 0, 0, 0], boxes[0, 0, 2] = math.nan, 1e16, math.inf
     logits[1, 0, 1, 3] = -math.inf
     bad = changed(good, boxes_xyxy=boxes, logits=logits)
-    found = model.roi_heads(bad)
-    assert {name: count.item() for name, count in watch.counts.items()} == {BOXES: 2, LOGITS: 1}
-    assert found.boxes_xyxy.isfinite().all() and (found.boxes_xyxy == 0).sum() == 6
-    assert found.logits[1, 0, 1, 3] == 0 and (found.logits != logits).sum() == 1
-    assert model.eval().roi_heads(bad) is bad
+    with watch_predictions(model) as counts:
+        cleaned = model.roi_heads(bad)
+    assert {name: count.item() for name, count in counts.items()} == {BOXES: 2, LOGITS: 1}
+    assert cleaned.boxes_xyxy.isfinite().all() and (cleaned.boxes_xyxy == 0).sum() == 6
+    assert cleaned.logits[1, 0, 1, 3] == 0 and (cleaned.logits != logits).sum() == 1
+    assert model.roi_heads(bad) is bad
 
 
 @pytest.mark.parametrize("family", ["iou", "dynamic", "asag-d", "detr-padding", "conditional"])
@@ -402,35 +392,31 @@ def test_trace_finds_nothing_in_healthy_models(family):
 
 
 def work(data: str, folder: str) -> int:
-    """What each of two processes does: the images of one of them are bad."""
+    """One of two processes, of which only the second has a bad image."""
     register_tiny_shapes(data)
 
     def spoil(batch: list[dict]) -> None:
         if comm.get_rank() == 1:
             infinite_pixel(batch)
 
-    stopping = new_trainer(Path(folder) / "stop", MODEL__DECODER__DROPOUT=0)
-    stopping.change = spoil
+    settings = {"MODEL__DECODER__DROPOUT": 0, "SOLVER__MEMORY_CHECK": "always"}
+    trainer = new_trainer(Path(folder) / "run", **settings)
+    trainer.change = spoil
     try:
-        stopping.train()
+        trainer.train()
     except NonFiniteLossError as error:
         (Path(folder) / f"message{comm.get_rank()}.txt").write_text(str(error))
-    settings = {"MODEL__DECODER__DROPOUT": 0, "SOLVER__NON_FINITE__MAX_SKIPS": 1}
-    settings |= {"SOLVER__MEMORY_CHECK": "always"}
-    skipping = new_trainer(Path(folder) / "skip", **settings)
-    skipping.change = spoil
-    skipping.train()
-    torch.save(weights(skipping.model), Path(folder) / f"weights{comm.get_rank()}.pth")
+    torch.save(weights(trainer.model), Path(folder) / f"weights{comm.get_rank()}.pth")
     return 0
 
 
-def test_two_processes_leave_the_step_out_together(tmp_path):
+def test_two_processes_end_together(tmp_path):
     assert launch(work, (str(register_tiny_shapes()), str(tmp_path)), processes=2) == 0
     messages = [(tmp_path / f"message{rank}.txt").read_text() for rank in (0, 1)]
     for message in messages:
         assert f"iteration {BAD}: the image of " in message
         assert message.split("images: ")[1].count(".png") == 4, "of both processes"
-    assert only_file(tmp_path / "stop").name.endswith("_rank1.pth")
+    assert only_file(tmp_path / "run").name.endswith("_rank1.pth")
     assert "replay.py" in messages[1] and "replay.py" not in messages[0]
     first, second = (torch.load(tmp_path / f"weights{rank}.pth") for rank in (0, 1))
     assert torch.equal(first, second) and first.isfinite().all()

@@ -81,10 +81,6 @@ def _add_solver(cfg: CN) -> None:
     # Consecutive evaluations (every TEST.EVAL_PERIOD iterations) without a better box AP after
     # which training ends; 0 is off.
     s.EARLY_STOP_PATIENCE = 0
-    # Number of steps, in total, that are skipped with a warning because a loss, prediction or
-    # gradient is NaN or infinite, before training stops. 0 stops at the first.
-    s.NON_FINITE = CN()
-    s.NON_FINITE.MAX_SKIPS = 0
     # Forward and backward pass of the largest possible batch before training, without side effects,
     # to detect a lack of memory early: "auto" (on CUDA only), "always" or "never".
     s.MEMORY_CHECK = "auto"

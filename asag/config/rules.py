@@ -252,7 +252,6 @@ RULES: dict[str, Range | OneOf | Each] = {
     "SOLVER.ACCUMULATE_STEPS": COUNT,
     "SOLVER.AMP.DTYPE": OneOf(("float16", "bfloat16")),
     "SOLVER.MEMORY_CHECK": OneOf(("auto", "always", "never")),
-    "SOLVER.NON_FINITE.MAX_SKIPS": COUNT_OR_NONE,
     "SOLVER.EMA.DECAY": RATE,
     "SOLVER.EMA.WARMUP": AT_LEAST_1,
     "SOLVER.EARLY_STOP_PATIENCE": COUNT_OR_NONE,

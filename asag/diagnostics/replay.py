@@ -1,10 +1,9 @@
-"""A step with NaN or infinite numbers, run again from the file that the training left behind."""
+"""Replay of a training step with NaN or infinite numbers, from the file that training wrote."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,20 +13,22 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from ..config import get_asag_cfg
-from ..engine.bad_numbers import (
+from ..engine.non_finite import (
     BOXES,
     GRAD_NORM,
-    LOGITS,
+    LARGEST_BOX,
     bad_inputs,
+    bad_values,
     describe_gradients,
     describe_values,
-    unpack_sample,
+    file_names,
+    gradient_norms,
+    watch_predictions,
 )
-from ..engine.loss_log import file_names
-from ..engine.non_finite import LARGEST_BOX, PredictionWatch, gradient_norms
 from ..engine.optimizer import build_optimizer
 from ..engine.rng import preserved_rng, set_rng_state
 from ..engine.step import TrainStep, amp_dtype
@@ -36,14 +37,14 @@ FIELDS = ("iteration", "what", "values", "parameters", "learning_rate", "batch",
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in the model bad numbers came up first.
+class Location:
+    """The module in which non-finite numbers occur first.
 
     Attributes:
         module: its name, as in `named_modules`.
         kind: its class.
-        count, total: bad numbers, and all of them.
-        spread: True where what entered the module was bad already.
+        count, total: non-finite numbers, and all numbers.
+        spread: True if the input of the module was not finite already.
     """
 
     module: str
@@ -55,16 +56,16 @@ class Place:
 
 @dataclass
 class Replay:
-    """What the second run found.
+    """Results of the replayed step.
 
     Attributes:
-        values: losses, counts of bad predictions and the gradient's norm, as far as it came.
-        parameters: those with a bad gradient.
-        weights: those that are bad themselves.
-        inputs: phrases for images and boxes that are bad.
-        error: of the matching, if it gave up.
-        forward, backward: where bad numbers, and bad gradients, came up first.
-        reproduced: whether it came to the same as in the training.
+        values: losses, counts of non-finite predictions and the gradient norm, as far as computed.
+        parameters: names of the parameters with a non-finite gradient.
+        weights: names of the parameters that are not finite themselves.
+        inputs: phrases for images and boxes that are not finite.
+        error: of the matcher, if it raised one.
+        forward, backward: where non-finite numbers, and non-finite gradients, occur first.
+        reproduced: True if the same numbers are non-finite as in training.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -72,46 +73,45 @@ class Replay:
     weights: list[str] = field(default_factory=list)
     inputs: list[str] = field(default_factory=list)
     error: str | None = None
-    forward: Place | None = None
-    backward: Place | None = None
+    forward: Location | None = None
+    backward: Location | None = None
     reproduced: bool = False
 
 
 def load_step(path: str | Path) -> dict[str, Any]:
-    """The content of a `non_finite_<iteration>.pth`, on the CPU.
+    """Reads a `non_finite_<iteration>.pth` onto the CPU.
 
     Raises:
-        ValueError: it is no such file; the message names it.
+        ValueError: the file is not a recorded step; the message names it.
         OSError: it cannot be read.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is no file of torch.save, or a broken one: {error}") from None
+        raise ValueError(f"{path} is not a file of torch.save, or is damaged: {error}") from None
     keys = state.keys() if isinstance(state, Mapping) else ()
     missing = [name for name in (*FIELDS, "config") if name not in keys]
     if missing:
         raise ValueError(
-            f"{path} lacks {', '.join(missing)}: it is not what a training writes about a step "
-            "with NaN or infinite numbers (OUTPUT_DIR/non_finite_*.pth)"
+            f"{path} lacks {', '.join(missing)}; expected a file that training writes for a step "
+            "with NaN or infinite numbers: OUTPUT_DIR/non_finite_*.pth"
         )
     return state
 
 
 def replay(state: Mapping[str, Any], device: str | None = None) -> Replay:
-    """Forward and backward pass of the recorded step; nothing is updated.
+    """Repeats forward and backward pass of the recorded step; updates nothing.
 
     Args:
         state: of `load_step`.
-        device: default: that of the training if it is here, else the CPU.
+        device: default: that of the training if it is available, else the CPU.
     """
     cfg = _config(state["config"], device)
     model = build_model(cfg)
     model.load_state_dict(state["model"])
     model.train()
-    found = Replay(weights=[n for n, p in model.named_parameters() if not p.isfinite().all()])
-    trace = _Trace(model)  # before the watch, which hides bad predictions
-    watch = PredictionWatch(model)
+    result = Replay(weights=[n for n, p in model.named_parameters() if not p.isfinite().all()])
+    trace = _Trace(model)  # its hooks run before the watch's, which replaces bad predictions
     step = TrainStep(
         model,
         build_optimizer(cfg, model, clip_in_step=False),
@@ -119,59 +119,72 @@ def replay(state: Mapping[str, Any], device: str | None = None) -> Replay:
         accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
     )
     batch = [unpack_sample(sample) for sample in state["batch"]]
-    found.inputs = bad_inputs(batch)
-    with preserved_rng():
+    result.inputs = bad_inputs(batch)
+    with preserved_rng(), watch_predictions(model) as counts:
         set_rng_state(state["rng"])
         try:
             losses = step.backward(batch)
         except FloatingPointError as error:
-            losses, found.error = {}, str(error)
-    found.values = {name: float(value) for name, value in (losses | watch.counts).items()}
+            losses, result.error = {}, str(error)
+    result.values = {name: float(value) for name, value in (losses | counts).items()}
     named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
-    if found.error is None and not step.grad_scaler.is_enabled() and named:
+    if result.error is None and not step.grad_scaler.is_enabled() and named:
         norms = gradient_norms([gradient for _, gradient in named])
-        found.values[GRAD_NORM] = float(torch.linalg.vector_norm(norms))
+        result.values[GRAD_NORM] = float(torch.linalg.vector_norm(norms))
         finite = norms.isfinite().tolist()
-        found.parameters = [n for (n, _), good in zip(named, finite, strict=True) if not good]
-    found.forward, found.backward = trace.forward, trace.backward
-    found.reproduced = _signature(found.values) == _signature(state["values"])
-    if not state["values"]:  # the matching had given up
-        found.reproduced = found.error is not None
-    return found
+        result.parameters = [n for (n, _), good in zip(named, finite, strict=True) if not good]
+    result.forward, result.backward = trace.forward, trace.backward
+    result.reproduced = bad_values(result.values) == bad_values(state["values"])
+    if not state["values"]:  # the matcher had raised an error
+        result.reproduced = result.error is not None
+    return result
 
 
-def report(state: Mapping[str, Any], found: Replay) -> list[str]:
-    """Lines for people."""
+def report(state: Mapping[str, Any], result: Replay) -> list[str]:
+    """Lines for a terminal: the recorded step, the replayed one, and where to look."""
     files = ", ".join(file_names(state["batch"]))
-    again = [found.error] if found.error else describe_values(found.values)
+    values = [result.error] if result.error else describe_values(result.values)
     lines = [
         f"iteration {state['iteration']}, learning rate {state['learning_rate']:.4g}, {files}",
-        f"in the training: {state['what']}",
-        f"now: {'; '.join((*again, *describe_gradients(found.parameters)))}",
-        "reproduced" if found.reproduced else "NOT reproduced: now the numbers came out otherwise",
-        *found.inputs,
+        f"in training: {state['what']}",
+        f"now: {'; '.join((*values, *describe_gradients(result.parameters)))}",
+        "reproduced" if result.reproduced else "NOT reproduced: the numbers are different now",
+        *result.inputs,
     ]
-    if found.weights:
-        lines.append(f"weights that are bad already: {', '.join(found.weights[:8])}")
-    if found.forward is not None:
-        lines.append(f"first in the forward pass: {_phrase(found.forward, 'output')}")
-        if found.forward.spread:
-            lines.append("  what entered it was bad already: look at what is computed before it")
-    if found.backward is not None:
-        phrase = _phrase(found.backward, "gradient of the output")
+    if result.weights:
+        lines.append(f"weights that are not finite already: {', '.join(result.weights[:8])}")
+    if result.forward is not None:
+        lines.append(f"first in the forward pass: {_phrase(result.forward, 'output')}")
+        if result.forward.spread:
+            lines.append("  its input was not finite already: check what is computed before it")
+    if result.backward is not None:
+        phrase = _phrase(result.backward, "gradient of the output")
         lines.append(f"first in the backward pass: {phrase}")
-    elif found.parameters and found.forward is None:
-        lines.append("first in the backward pass: behind the last module, in the losses")
-    if found.forward is None and found.values.get(BOXES):
+    elif result.parameters and result.forward is None:
+        lines.append("first in the backward pass: in the losses, behind the last module")
+    if result.forward is None and result.values.get(BOXES):
         lines.append(
-            f"no module gave NaN or infinity: boxes are beyond {LARGEST_BOX:.0e} pixels, where "
-            "areas end; the weights grew too fast, lower SOLVER.BASE_LR"
+            f"no module returned NaN or infinity: boxes are beyond {LARGEST_BOX:.0e} pixels, where "
+            "areas overflow; the weights grew too fast, lower SOLVER.BASE_LR"
         )
     return lines
 
 
+def unpack_sample(packed: Mapping[str, Any]) -> dict[str, Any]:
+    """Restores a training sample from the result of `non_finite.pack_sample`."""
+    sample = dict(packed)
+    if "instances" in packed:
+        content = packed["instances"]
+        sample["instances"] = Instances(
+            tuple(content["image_size"]),
+            gt_boxes=Boxes(content["gt_boxes"]),
+            gt_classes=content["gt_classes"],
+        )
+    return sample
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Floating-point tensors in nested lists, dicts and dataclasses."""
+    """Yields the floating-point tensors in nested lists, dicts and dataclasses."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -186,12 +199,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class _Trace:
-    """Remembers where bad numbers come up first, by hooks on every module: that of an inner module
-    is called before that of the outer one."""
+    """Records where non-finite numbers occur first, by hooks on every module.
+
+    The hook of an inner module is called before that of the outer one.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.forward: Place | None = None
-        self.backward: Place | None = None
+        self.forward: Location | None = None
+        self.backward: Location | None = None
         for name, module in model.named_modules():
             module.register_forward_hook(functools.partial(self._forward, name or "(model)"))
 
@@ -202,7 +217,7 @@ class _Trace:
         if bad and self.forward is None:
             spread = any(not x.isfinite().all() for x in tensors_in(inputs))
             total = sum(x.numel() for x in outputs)
-            self.forward = Place(name, kind, bad, total, spread)
+            self.forward = Location(name, kind, bad, total, spread)
         for x in outputs:
             if x.requires_grad:
                 x.register_hook(functools.partial(self._backward, name, kind))
@@ -211,12 +226,12 @@ class _Trace:
         if self.backward is None:
             bad = int((~gradient.isfinite()).sum())
             if bad:
-                self.backward = Place(name, kind, bad, gradient.numel())
+                self.backward = Location(name, kind, bad, gradient.numel())
 
 
 def _config(text: str, device: str | None) -> CfgNode:
     cfg = get_asag_cfg()
-    cfg.set_new_allowed(True)  # keys of those who extend the library
+    cfg.set_new_allowed(True)  # keys of extensions of the library
     cfg.merge_from_other_cfg(CfgNode.load_cfg(text))
     cfg.MODEL.COMPILE = False  # compiled parts call no hooks
     if device is not None:
@@ -228,14 +243,8 @@ def _config(text: str, device: str | None) -> CfgNode:
     return cfg
 
 
-def _signature(values: Mapping[str, float]) -> set[str]:
-    """Names of what is bad."""
-    return {
-        name
-        for name, value in values.items()
-        if (value > 0 if name in (BOXES, LOGITS) else not math.isfinite(value))
-    }
-
-
-def _phrase(place: Place, what: str) -> str:
-    return f"{place.module} ({place.kind}), {place.count} of {place.total} numbers of its {what}"
+def _phrase(location: Location, what: str) -> str:
+    return (
+        f"{location.module} ({location.kind}), {location.count} of {location.total} numbers of "
+        f"its {what}"
+    )

@@ -183,8 +183,7 @@ class _ProfiledTrainer(Trainer):
 
     def count_host_waits(self) -> dict[str, int]:
         """Of one more step on the latest batch."""
-        self._trainer.guard.begin(self.iter, self.batch)
-        return host_waits(lambda: self._trainer(self.batch))
+        return host_waits(lambda: self._trainer(self.batch, self.iter))
 
     def time_of_a_batch(self) -> float:
         """Milliseconds in which this process by itself prepares a batch."""

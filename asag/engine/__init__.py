@@ -5,7 +5,7 @@ from ..checkpoint.checkpointer import AtomicCheckpointer
 from ..data import SparseDetectionMapper
 from .ema import WeightAverage
 from .hooks import Curves
-from .loss_log import NonFiniteLossError
+from .non_finite import NonFiniteLossError
 from .optimizer import build_clipper, build_optimizer
 from .progress import TrainingProgress
 from .schedule import Schedule, resolve_schedule

@@ -85,6 +85,7 @@ class Evaluation(HookBase):
         last = done == self.trainer.max_iter
         if not last and not (self._period > 0 and done % self._period == 0):
             return
+        self.trainer.collect_log()  # ends the run here if a recent step was not finite
         if self.trainer.cfg.TEST.LOSS:
             self._log_losses(self.trainer.validate())
         results = self.trainer.evaluate()

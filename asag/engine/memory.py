@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..modeling.layers.buffers import preserved_buffers
 from ..modeling.registry import check_choice
+from .non_finite import watch_predictions
 from .rng import preserved_rng
 from .step import TrainStep, unwrap
 
@@ -140,7 +141,7 @@ def dry_step(step: TrainStep, samples: Sequence[dict[str, Any]]) -> None:
     step.optimizer.zero_grad(set_to_none=True)
     try:
         # The scalars of this pass go into a storage of their own, which is thrown away.
-        with preserved_rng(), preserved_buffers(model), EventStorage():
+        with preserved_rng(), preserved_buffers(model), EventStorage(), watch_predictions(model):
             reserved = _reserve(step)
             with torch.autocast(step.device.type, step.amp_dtype, enabled=bool(step.amp_dtype)):
                 losses = model(list(samples))

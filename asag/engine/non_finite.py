@@ -1,17 +1,20 @@
-"""What becomes of a training step whose numbers are no numbers: found, left out, reported, kept.
+"""Detection and handling of non-finite losses, predictions and gradients.
 
-A step is *bad* when a loss, a predicted box, a class logit or a gradient is NaN or infinite on any
-process. Its update is left out on the device, where the finding is made; the host never waits for
-it. On CUDA it learns of a bad step before the update of the next one, and by then the weights are
-still those that the bad step met, so that what is written down reproduces it. On a CPU it learns of
-it at once. (An overflow of gradients in float16 is not bad: the loss scaler deals with it.)
+A step is *bad* if a loss, a predicted box, a class logit or a gradient is NaN or infinite in any
+process. Its update is skipped, its batch, weights and random state are written to a file for
+`asag.diagnostics.replay`, and training ends with `NonFiniteLossError`.
+
+On CUDA the update is skipped on the device and the host never waits for the result of a step: it
+reads it during the next step, before that step's update. By then the weights are still those that
+the bad step started from, so the file reproduces the step. On a CPU the result is read at once.
+Gradients that overflow in float16 are not bad; the loss scaler handles them.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,84 +26,106 @@ from torch import Tensor, nn
 from ..files import atomic_writer
 from ..modeling.layers.buffers import training_buffers
 from ..structures import NoisedPredictions, Predictions
-from .bad_numbers import (
-    BOXES,
-    GRAD_NORM,
-    LOGITS,
-    bad_inputs,
-    describe_gradients,
-    describe_values,
-    pack_sample,
-)
-from .loss_log import NonFiniteLossError, describe_step, divergence_message, file_names
 from .rng import rng_state
 
-LARGEST_BOX = 1e15  # pixels; the area of a larger box is no number in float32
+BOXES, LOGITS, GRAD_NORM = "predicted boxes", "class logits", "grad_norm"
+LARGEST_BOX = 1e15  # pixels; the area of a larger box overflows float32
+MAX_LISTED_PARAMETERS = 8
+MAX_LISTED_FILES = 32
 
-logger = logging.getLogger(__name__)
+
+class NonFiniteLossError(FloatingPointError):
+    """Training diverged; the message names iteration, terms, learning rate and images."""
 
 
-class PredictionWatch:
-    """Counts predictions that are no numbers, and hands on zeros in their place.
+@contextlib.contextmanager
+def watch_predictions(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Counts the non-finite predictions of the ROI heads and replaces them by zeros.
 
-    Matching and losses then work as ever, also in other processes that wait for this one; the step
-    itself is bad.
+    Matching and losses then work as usual, also in other processes that wait for this one.
+
+    Args:
+        model: not wrapped; a model without `roi_heads` is not watched.
+
+    Yields:
+        `BOXES` and `LOGITS` -> number of non-finite values so far, 0-dim tensors on the device;
+        empty before the first forward pass.
     """
+    counts: dict[str, Tensor] = {}
+    if not hasattr(model, "roi_heads"):
+        yield counts
+        return
+    handle = model.roi_heads.register_forward_hook(lambda *args: _replace_bad(args[-1], counts))
+    try:
+        yield counts
+    finally:
+        handle.remove()
 
-    def __init__(self, model: nn.Module) -> None:
-        """
-        Args:
-            model: not wrapped; one without `roi_heads` is not watched.
-        """
-        self.counts: dict[str, Tensor] = {}
-        if hasattr(model, "roi_heads"):
-            model.roi_heads.register_forward_hook(self._look)
 
-    def _look(self, module: nn.Module, _inputs: Any, output: Any) -> Predictions | None:
-        return self._clean(output) if module.training else None
-
-    def _clean(self, found: Predictions) -> Predictions:
-        valid = found.valid[..., None]
-        good_boxes = found.boxes_xyxy.abs() <= LARGEST_BOX  # nor is this true of NaN
-        good_logits = found.logits.isfinite()
-        for name, good in ((BOXES, good_boxes), (LOGITS, good_logits)):
-            self.counts[name] = self.counts.get(name, 0) + (~good & valid).sum()
-        noised = found.noised
-        if noised is not None:
-            noised = NoisedPredictions(self._clean(noised.predictions), noised.gt)
-        return replace(
-            found,
-            logits=torch.where(good_logits, found.logits, 0),
-            boxes_xyxy=torch.where(good_boxes, found.boxes_xyxy, 0),
-            noised=noised,
-        )
+def _replace_bad(predictions: Predictions, counts: dict[str, Tensor]) -> Predictions:
+    valid = predictions.valid[..., None]
+    good_boxes = predictions.boxes_xyxy.abs() <= LARGEST_BOX  # False for NaN
+    good_logits = predictions.logits.isfinite()
+    for name, good in ((BOXES, good_boxes), (LOGITS, good_logits)):
+        counts[name] = counts.get(name, 0) + (~good & valid).sum()
+    noised = predictions.noised
+    if noised is not None:
+        noised = NoisedPredictions(_replace_bad(noised.predictions, counts), noised.gt)
+    return replace(
+        predictions,
+        logits=torch.where(good_logits, predictions.logits, 0),
+        boxes_xyxy=torch.where(good_boxes, predictions.boxes_xyxy, 0),
+        noised=noised,
+    )
 
 
 @dataclass
 class _Step:
-    """What the report of a step needs. `numbers` holds losses, then counts, the norm of the
-    gradient and, last, whether the step is bad on any process."""
+    """State and results of one step.
+
+    Attributes:
+        buffers: the values of the model's training buffers before the step.
+        counts: of `watch_predictions`.
+        numbers: losses, counts, gradient norm and, last, 1 if the step is bad in any process.
+        names: of `numbers` but the last.
+        arrived: recorded behind the copy of `numbers` to the host; None on a CPU.
+        parameters: names of the parameters with a gradient.
+        gradient_norms: (P,) norms of their gradients, on the device.
+    """
 
     iteration: int
     batch: Sequence[dict[str, Any]]
     lr: float
     rng: dict[str, Any]
-    names: tuple[str, ...] = ()
+    buffers: list[Tensor]
+    counts: dict[str, Tensor]
     numbers: Tensor | None = None
+    names: tuple[str, ...] = ()
     arrived: torch.cuda.Event | None = None
     parameters: tuple[str, ...] = ()
     gradient_norms: Tensor | None = None
 
+    def bad_parameters(self) -> list[str]:
+        """Names of the parameters with a NaN or infinite gradient."""
+        if not self.parameters:
+            return []
+        finite = self.gradient_norms.isfinite().tolist()
+        return [name for name, good in zip(self.parameters, finite, strict=True) if not good]
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Phrases for everything that is wrong with the step."""
+        gradients = describe_gradients(self.bad_parameters())
+        return "; ".join((*bad_inputs(self.batch), *describe_values(values), *gradients))
+
 
 class NonFiniteGuard:
-    """Watches the steps of a training.
+    """Ends training at the first bad step, before its update.
 
     Example:
-        >>> guard.begin(iteration, batch)
-        >>> ...                                      # forward and backward
-        >>> bad = guard.examine(losses)
-        >>> update_unless(optimizer, bad)
-        >>> guard.finish(bad)
+        >>> with guard.step(iteration, batch):
+        ...     losses = ...                        # forward and backward pass
+        ...     bad = guard.examine(losses)
+        ...     update_unless(optimizer, bad)
     """
 
     def __init__(
@@ -108,109 +133,96 @@ class NonFiniteGuard:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        folder: str | Path,
-        config: str,
-        max_skips: int = 0,
+        folder: str | Path | None = None,
+        config: str = "",
     ) -> None:
         """
         Args:
             model: not wrapped.
-            optimizer: of its parameters.
-            folder: takes `non_finite_<iteration>.pth`, see `asag.diagnostics.replay`.
-            config: as yaml, for that file.
-            max_skips: bad steps that are left out before one ends the training.
+            optimizer: of the model's parameters.
+            folder: receives `non_finite_<iteration>.pth`; None writes no file.
+            config: the configuration as YAML, stored in that file.
         """
         self.model, self.optimizer = model, optimizer
-        self.folder, self.config = Path(folder), config
-        self.max_skips = max_skips
-        self.num_skips = 0
-        # Whether the host learns of a step in the next one only.
+        self.folder = None if folder is None else Path(folder)
+        self.config = config
+        # True: the host reads the result of a step during the next one.
         self.late = next(model.parameters()).is_cuda
-        self._watch = PredictionWatch(model)
         self._buffers = training_buffers(model)
-        self._saved = [buffer.detach().clone() for buffer in self._buffers]
+        # Of this step and of the one before, whose result may still be pending.
+        self._saved = [[x.detach().clone() for x in self._buffers] for _ in range(2)]
         self._parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        self._now: _Step | None = None
+        self._current: _Step | None = None
         self._pending: _Step | None = None
-        self._skipped: list[int] = []
 
-    # In the order of a step.
+    @contextlib.contextmanager
+    def step(self, iteration: int, batch: Sequence[dict[str, Any]]) -> Iterator[None]:
+        """Surrounds one step: records what it starts from and watches its predictions.
 
-    def begin(self, iteration: int, batch: Sequence[dict[str, Any]]) -> None:
-        """Remembers what a step starts from; `batch` is this process's."""
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
-        self._now = _Step(iteration, batch, lr, rng_state())
-        self._watch.counts = {}
+        Args:
+            iteration: number of the step.
+            batch: images of this process.
+
+        Raises:
+            NonFiniteLossError: the block raised a `FloatingPointError`, as matchers do for costs
+                that are not finite.
+        """
+        self._saved.reverse()
         if self._buffers:
-            torch._foreach_copy_(self._saved, self._buffers)
+            torch._foreach_copy_(self._saved[0], self._buffers)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        with watch_predictions(self.model) as counts:
+            self._current = _Step(iteration, batch, lr, rng_state(), self._saved[0], counts)
+            try:
+                yield
+            except NonFiniteLossError:
+                raise
+            except FloatingPointError as error:
+                if comm.get_world_size() == 1:  # other processes do not get here
+                    self.settle()
+                what = "; ".join((str(error).rstrip("."), *bad_inputs(batch)))
+                self._stop(self._current, what, file_names(batch), {})
 
     @torch.no_grad()
     def examine(self, losses: Mapping[str, Tensor], gradients: bool = True) -> Tensor:
-        """Looks at what forward and backward pass gave; then at how the step before came out.
+        """Checks the results of forward and backward pass.
 
         Args:
             losses: name -> 0-dim tensor.
-            gradients: whether they have to be finite (not while they are scaled).
+            gradients: check them too; False while they are scaled.
 
         Returns:
-            0-dim bool on the device: whether the step is bad on any process.
+            0-dim bool on the device: True if the step is bad in any process.
 
         Raises:
-            NonFiniteLossError: the step before was one bad step too many.
+            NonFiniteLossError: this step (on a CPU) or the one before (on CUDA) is bad.
         """
-        step = self._now
+        step = self._current
         present = [(n, p.grad) for n, p in self._parameters if gradients and p.grad is not None]
         norms = gradient_norms([gradient for _, gradient in present])
-        counts = self._watch.counts
         values = torch.stack([x.detach().float() for x in losses.values()])
-        wrong = torch.stack([x.float() for x in counts.values()]) if counts else values[:0]
-        total = torch.linalg.vector_norm(norms)[None] if present else values[:0]
-        bad = (~values.isfinite()).any() | (wrong > 0).any()
-        bad = bad | ~total.isfinite().all()
+        empty = values[:0]
+        counts = torch.stack([x.float() for x in step.counts.values()]) if step.counts else empty
+        total = torch.linalg.vector_norm(norms)[None] if present else empty
+        bad = (~values.isfinite()).any() | (counts > 0).any() | (~total.isfinite()).any()
         any_bad = bad.float()
         if comm.get_world_size() > 1:
             torch.distributed.all_reduce(any_bad, torch.distributed.ReduceOp.MAX)
-        step.names = (*losses, *counts, *([GRAD_NORM] if present else []))
+        step.names = (*losses, *step.counts, *([GRAD_NORM] if present else []))
         step.parameters = tuple(name for name, _ in present)
         step.gradient_norms = norms
-        self._send(step, torch.cat((values, wrong, total, any_bad[None])))
+        self._send(step, torch.cat((values, counts, total, any_bad[None])))
         self.settle()
-        return any_bad > 0
-
-    @torch.no_grad()
-    def finish(self, bad: Tensor) -> None:
-        """Undoes what a bad step left in the model's statistics and counters.
-
-        Raises:
-            NonFiniteLossError: on a CPU, if this was one bad step too many.
-        """
-        for buffer, saved in zip(self._buffers, self._saved, strict=True):
-            buffer.copy_(torch.where(bad, saved, buffer))
-        self._pending, self._now = self._now, None
+        self._pending = step
         if not self.late:
             self.settle()
-
-    def fail(self, error: FloatingPointError) -> None:
-        """In place of `examine` and `finish`: the forward pass found out by itself.
-
-        Raises:
-            NonFiniteLossError: it was one bad step too many, or other processes wait for the rest
-                of the step, which cannot be left out then.
-        """
-        alone = comm.get_world_size() == 1
-        if alone:
-            self.settle()
-        for buffer, saved in zip(self._buffers, self._saved, strict=True):
-            buffer.copy_(saved)
-        step, self._now = self._now, None
-        what = "; ".join((str(error).rstrip("."), *bad_inputs(step.batch)))
-        self._report(step, what, final=not alone)
+        return any_bad > 0
 
     def settle(self) -> None:
-        """Learns how the last finished step came out.
+        """Reads the result of the last examined step, if it is still pending.
 
         Raises:
-            NonFiniteLossError: it was one bad step too many; on all processes.
+            NonFiniteLossError: the step is bad; raised in all processes.
         """
         step, self._pending = self._pending, None
         if step is None:
@@ -221,25 +233,18 @@ class NonFiniteGuard:
         if numbers[-1] == 0:
             return
         values = dict(zip(step.names, numbers, strict=False))
-        own = _is_bad(values)
-        # Every process comes here for the same step, so these collective calls are safe.
-        found = comm.all_gather((own, file_names(step.batch), describe(step, values)))
-        # Without a culprit it is the gradient, which is the same on all of them.
-        culprits = [text for bad, _, text in found if bad]
-        what = "; ".join(culprits or [found[0][2]])
-        files = [name for _, names, _ in found for name in names]
-        self._report(step, what, files=files, write=own or not culprits, values=values)
-
-    def take_skipped(self) -> list[int]:
-        """Iterations that were left out since the last call."""
-        skipped, self._skipped = self._skipped, []
-        return skipped
-
-    # Details.
+        # Gradients are the same in all processes, everything else is a process's own.
+        own = bool(bad_values(values) - {GRAD_NORM})
+        # Every process gets here for the same step, so this collective call is safe.
+        reports = comm.all_gather((own, file_names(step.batch), step.describe(values)))
+        culprits = [text for bad, _, text in reports if bad]
+        what = "; ".join(culprits or [reports[0][2]])
+        files = [name for _, names, _ in reports for name in names]
+        self._stop(step, what, files, values, write=own or not culprits)
 
     @staticmethod
     def _send(step: _Step, numbers: Tensor) -> None:
-        """Orders the copy to the host, without waiting for it."""
+        """Starts the copy of the numbers to the host, without waiting for it."""
         if numbers.is_cuda:
             step.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             step.numbers.copy_(numbers, non_blocking=True)
@@ -248,53 +253,39 @@ class NonFiniteGuard:
         else:
             step.numbers = numbers
 
-    def _report(
+    def _stop(
         self,
         step: _Step,
         what: str,
-        *,
-        files: Sequence[str] | None = None,
+        files: Sequence[str],
+        values: Mapping[str, float],
         write: bool = True,
-        values: Mapping[str, float] | None = None,
-        final: bool = False,
     ) -> None:
-        self.num_skips += 1
-        final = final or self.num_skips > self.max_skips
-        files = file_names(step.batch) if files is None else files
-        # The first and the last: each is as large as a checkpoint.
-        keep = write and (final or self.num_skips == 1)
-        kept = self._keep(step, what, values or {}) if keep else ""
-        if final:
-            raise NonFiniteLossError(
-                divergence_message(step.iteration, what, step.lr, files) + kept
-            )
-        self._skipped.append(step.iteration)
-        logger.warning(
-            f"step {self.num_skips} of at most {self.max_skips} (SOLVER.NON_FINITE.MAX_SKIPS) was "
-            f"left out, iteration {step.iteration}: "
-            f"{describe_step(what, step.lr, files)}{kept}"
+        listed = ", ".join((*files[:MAX_LISTED_FILES], *["..."] * (len(files) > MAX_LISTED_FILES)))
+        message = (
+            f"training diverged at iteration {step.iteration}: {what}. Learning rate {step.lr:.4g};"
+            f" images: {listed}. Lower SOLVER.BASE_LR or lengthen SOLVER.WARMUP_ITERS, keep "
+            "SOLVER.CLIP_GRADIENTS on, and prefer SOLVER.AMP.DTYPE bfloat16 to float16."
         )
-
-    def _keep(self, step: _Step, what: str, values: Mapping[str, float]) -> str:
-        """Writes the file of a step; a sentence about it."""
-        try:
-            path = self._write(step, what, values)
-        except (OSError, RuntimeError) as error:  # a full disk is either, depending on torch
-            return f" The step could not be kept in {self.folder}: {error}"
-        return f" To look into it: python tools/replay.py {path}"
+        if write and self.folder is not None:
+            try:
+                path = self._write(step, what, values)
+                message += f" To reproduce the step: python tools/replay.py {path}"
+            except (OSError, RuntimeError) as error:  # a full disk is either, depending on torch
+                message += f" The step could not be written to {self.folder}: {error}"
+        raise NonFiniteLossError(message)
 
     def _write(self, step: _Step, what: str, values: Mapping[str, float]) -> Path:
         rank = comm.get_rank()
         suffix = f"_rank{rank}" if rank else ""
         path = self.folder / f"non_finite_{step.iteration:07d}{suffix}.pth"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        saved = {id(b): s for b, s in zip(self._buffers, self._saved, strict=True)}
+        saved = {id(b): s for b, s in zip(self._buffers, step.buffers, strict=True)}
         live = self.model.state_dict(keep_vars=True)
         state = {
             "iteration": step.iteration,
             "what": what,
             "values": dict(values),
-            "parameters": bad_parameters(step),
+            "parameters": step.bad_parameters(),
             "learning_rate": step.lr,
             "batch": [pack_sample(sample) for sample in step.batch],
             "model": {name: saved.get(id(x), x).detach() for name, x in live.items()},
@@ -313,13 +304,13 @@ def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def poison_gradients(parameters: Iterable[nn.Parameter], bad: Tensor) -> None:
-    """Puts NaN into a gradient where `bad`, so that a loss scaler leaves the update out."""
+    """Writes NaN into a gradient where `bad` is True, so that a loss scaler skips the update."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     min(gradients, key=Tensor.numel).masked_fill_(bad, math.nan)
 
 
 def update_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """An update, except where `bad`: then weights and state stay as they are.
+    """Updates the parameters unless `bad` is True; then weights and optimizer state are kept.
 
     On CUDA, fused optimizers decide on the device. For others (SGD) the host waits for `bad`.
     """
@@ -330,7 +321,7 @@ def update_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
 
 
 def update_on_device(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
-    """`update_unless` of a fused optimizer, which looks at `bad` in its kernel."""
+    """`update_unless` for a fused optimizer, which reads `bad` in its kernel."""
     optimizer.found_inf = bad.float()
     try:
         optimizer.step()
@@ -338,24 +329,66 @@ def update_on_device(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         del optimizer.found_inf
 
 
-def _is_bad(values: Mapping[str, float]) -> bool:
-    """Whether losses or predictions of this process are; gradients are those of all processes."""
-    return any(
-        value > 0 if name in (BOXES, LOGITS) else not math.isfinite(value)
+def bad_values(values: Mapping[str, float]) -> set[str]:
+    """Names of the non-finite losses and norms, and of the counts above 0."""
+    return {
+        name
         for name, value in values.items()
-        if name != GRAD_NORM
-    )
+        if (value > 0 if name in (BOXES, LOGITS) else not math.isfinite(value))
+    }
 
 
-def bad_parameters(step: _Step) -> list[str]:
-    """Parameters whose gradient is NaN or infinite."""
-    if not step.parameters:
+def describe_values(values: Mapping[str, float]) -> list[str]:
+    """Phrases for bad predictions, non-finite losses and the gradient norm."""
+    counts = {name: int(values[name]) for name in (BOXES, LOGITS) if values.get(name)}
+    losses = {k: v for k, v in values.items() if k not in (BOXES, LOGITS, GRAD_NORM)}
+    bad = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+    good = [f"{name} = {value:.4g}" for name, value in losses.items() if math.isfinite(value)]
+    phrases = [f"{count} NaN or infinite number(s) in the {name}" for name, count in counts.items()]
+    if bad:
+        phrases.append(", ".join(bad) + (f" (finite: {', '.join(good)})" if good else ""))
+    if GRAD_NORM in values:
+        phrases.append(f"gradient norm {values[GRAD_NORM]:.4g}")
+    return phrases
+
+
+def describe_gradients(names: Sequence[str]) -> list[str]:
+    """A phrase for the parameters with a bad gradient; an empty list if there are none."""
+    if not names:
         return []
-    finite = step.gradient_norms.isfinite().tolist()
-    return [name for name, good in zip(step.parameters, finite, strict=True) if not good]
+    more = len(names) - MAX_LISTED_PARAMETERS
+    rest = f" and {more} more" if more > 0 else ""
+    listed = ", ".join(names[:MAX_LISTED_PARAMETERS])
+    return [f"NaN or infinite gradient of {listed}{rest}"]
 
 
-def describe(step: _Step, values: Mapping[str, float]) -> str:
-    """What is wrong with a step, in words."""
-    gradients = describe_gradients(bad_parameters(step))
-    return "; ".join((*bad_inputs(step.batch), *describe_values(values), *gradients))
+def bad_inputs(batch: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Phrases for images and ground-truth boxes that are not finite."""
+    phrases = []
+    for sample, name in zip(batch, file_names(batch), strict=True):
+        tensors = {"image": sample.get("image")}
+        if "instances" in sample:
+            tensors["ground-truth boxes"] = sample["instances"].gt_boxes.tensor
+        for kind, tensor in tensors.items():
+            if isinstance(tensor, Tensor) and not tensor.isfinite().all():
+                count = int((~tensor.isfinite()).sum())
+                phrases.append(f"the {kind} of {name} came with {count} NaN or infinite number(s)")
+    return phrases
+
+
+def file_names(batch: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Names of the images of a batch, for messages."""
+    return tuple(str(x.get("file_name", x.get("image_id", "without a name"))) for x in batch)
+
+
+def pack_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Converts a training sample to tensors, numbers and strings."""
+    packed = {k: v for k, v in sample.items() if isinstance(v, Tensor | str | int | float)}
+    if "instances" in sample:
+        instances = sample["instances"]
+        packed["instances"] = {
+            "image_size": tuple(int(side) for side in instances.image_size),
+            "gt_boxes": instances.gt_boxes.tensor.clone(),
+            "gt_classes": instances.gt_classes.clone(),
+        }
+    return packed

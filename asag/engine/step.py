@@ -1,11 +1,13 @@
-"""One optimizer step: mixed precision, gradient accumulation, clipping. No device-to-host copy.
+"""One optimizer step and the log of its scalars, without waiting for the device.
 
-A micro-batches of a step.
+A step covers mixed precision, gradient accumulation over A micro-batches, clipping and the check
+for non-finite numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,13 +26,13 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class TrainStep:
-    """Forward, backward and update for one batch of this process.
+    """Forward pass, backward pass and update for one batch of this process.
 
-    With accumulation the batch is cut into A equal parts that share one update. A criterion divides
-    its sums by the objects of the part it sees; the parts are therefore weighted by their share of
-    the objects, which makes the accumulated gradient that of the undivided batch for every loss
-    normalized by objects. (Losses normalized otherwise become that weighted mean over the parts,
-    and batch normalization sees the statistics of each part.)
+    With accumulation the batch is split into A equal parts that share one update. A criterion
+    normalizes its losses by the objects of the part it sees; the parts are therefore weighted by
+    their share of the objects, which makes the accumulated gradient equal to that of the whole
+    batch for every loss normalized by objects. (Other losses become the same weighted mean over the
+    parts, and batch normalization uses the statistics of each part.)
     """
 
     def __init__(
@@ -45,25 +47,24 @@ class TrainStep:
     ) -> None:
         """
         Args:
-            model: gives a dict of scalar losses for a list of samples; may be wrapped in DDP.
+            model: returns a dict of scalar losses for a list of samples; may be wrapped in DDP.
             optimizer: of the model's parameters.
-            amp_dtype: number format of autocast; None computes in the parameters' format. float16
+            amp_dtype: dtype of autocast; None computes in the dtype of the parameters. float16
                 scales the losses and skips an update whose gradients overflow.
             accumulate_steps: A, at least 1.
-            clip: changes the gradients in place and returns the norm that they had; None leaves
-                them alone.
-            guard: leaves out updates by numbers that are NaN or infinite; its `begin` is to be
-                called before each step.
+            clip: changes the gradients in place and returns the norm that they had before; None
+                does not clip.
+            guard: ends training at the first bad step; default: one that writes no file.
 
         Raises:
             ValueError: float16 without CUDA.
         """
         self.model = model
         self.optimizer = optimizer
-        self.data_loader: Any = None  # Detectron2's trainer looks for it here
+        self.data_loader: Any = None  # Detectron2's trainer expects it here
         self.accumulate_steps = accumulate_steps
         self.clip = clip or gradient_norm
-        self.guard = guard
+        self.guard = guard or NonFiniteGuard(unwrap(model), optimizer)
         self.device = next(model.parameters()).device
         self.amp_dtype = amp_dtype
         if amp_dtype is torch.float16 and self.device.type != "cuda":
@@ -74,40 +75,31 @@ class TrainStep:
         self.grad_scaler = _grad_scaler(enabled=amp_dtype is torch.float16)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def __call__(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
+    def __call__(self, batch: Sequence[Sample], iteration: int = 0) -> dict[str, Tensor]:
         """Updates the model once.
 
         Args:
-            batch: this process's images of the step.
+            batch: images of this process.
+            iteration: number of the step, for the message of a `NonFiniteLossError`.
 
         Returns:
             name -> 0-dim tensor on the model's device, detached: every loss of the model (of the
             whole batch), `total_loss`, `grad_norm` (L2 or SOLVER.CLIP_GRADIENTS.NORM_TYPE, over
-            all gradients before clipping). Empty where the guard left out a step that has no
-            losses.
+            all gradients before clipping).
 
         Raises:
-            ValueError: the batch cannot be cut into equal parts.
-            NonFiniteLossError: the guard ends the training.
+            ValueError: the batch cannot be split into equal parts.
+            NonFiniteLossError: this step, or on CUDA the one before, is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        try:
+        with self.guard.step(iteration, batch):
             logged = self.backward(batch)
-        except FloatingPointError as error:
-            if self.guard is None:
-                raise
-            self.guard.fail(error)
-            return {}
-        if self.guard is None:
-            logged["grad_norm"] = self._update()
-        else:
             bad = self.guard.examine(logged, gradients=not self.grad_scaler.is_enabled())
             logged["grad_norm"] = self._update(bad)
-            self.guard.finish(bad)
         return logged
 
     def backward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
-        """Adds the gradients of a batch to what is there; returns its losses and `total_loss`."""
+        """Adds the gradients of a batch to the present ones; returns its losses and `total_loss`."""
         parts = split_batch(batch, self.accumulate_steps)
         weights = object_shares(parts, self.device) if len(parts) > 1 else None
         logged: dict[str, Tensor] = {}
@@ -128,13 +120,14 @@ class TrainStep:
                 logged[name] = logged[name] + value if name in logged else value
         return logged
 
-    def _update(self, bad: Tensor | None = None) -> Tensor:
+    def _update(self, bad: Tensor) -> Tensor:
+        """Clips the gradients and updates the weights unless `bad`; returns the gradient norm."""
         scaled = self.grad_scaler.is_enabled()
-        if bad is not None and scaled:
+        if scaled:
             poison_gradients(self._parameters, bad)
         self.grad_scaler.unscale_(self.optimizer)
         norm = self.clip(self._parameters)
-        if bad is None or scaled:
+        if scaled:
             self.grad_scaler.step(self.optimizer)
         else:
             update_unless(self.optimizer, bad)
@@ -142,19 +135,58 @@ class TrainStep:
         return norm
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Gradients travel between the processes once a step, with the last part."""
+        """Keeps gradients local: the processes average them once a step, with the last part."""
         if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
 
+class LossLog:
+    """Keeps the scalars of recent steps on the device and copies them to the host in one go.
+
+    All processes must add and collect at the same iterations.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, tuple[str, ...], Tensor]] = []
+
+    def add(self, iteration: int, scalars: dict[str, Tensor]) -> None:
+        """Adds a step; copies nothing.
+
+        Args:
+            iteration: number of the step.
+            scalars: 0-dim tensors of one device.
+        """
+        values = torch.stack([value.detach().float() for value in scalars.values()])
+        self._pending.append((iteration, tuple(scalars), values))
+
+    def collect(self) -> list[tuple[int, dict[str, float]]]:
+        """Returns and forgets the steps added since the last call.
+
+        Returns:
+            Iteration and scalars of each step, averaged over the processes, oldest first.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return []
+        values = torch.cat([values for _, _, values in pending])
+        if comm.get_world_size() > 1:
+            torch.distributed.all_reduce(values)
+            values = values / comm.get_world_size()
+        numbers = iter(values.cpu().tolist())
+        return [
+            (iteration, dict(zip(names, itertools.islice(numbers, len(names)), strict=True)))
+            for iteration, names, _ in pending
+        ]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself when it is wrapped in DistributedDataParallel."""
+    """Returns the model inside of DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def split_batch(batch: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
-    """Cuts a batch into equal, consecutive parts.
+    """Splits a batch into equal, consecutive parts.
 
     Raises:
         ValueError: the images do not divide evenly.
@@ -169,9 +201,10 @@ def split_batch(batch: Sequence[Sample], parts: int) -> list[Sequence[Sample]]:
 
 
 def object_shares(parts: Sequence[Sequence[Sample]], device: torch.device) -> Tensor:
-    """Weight (A,) of each micro-batch: its normalizer over that of the whole batch.
+    """Weight (A,) of each micro-batch: its normalizer divided by that of the whole batch.
 
-    The normalizer is the criterion's: objects a process, mean over the processes, at least one.
+    The normalizer is the criterion's: objects of a process, averaged over the processes, at least
+    one.
     """
     counts = [sum(len(x["instances"]) for x in part if "instances" in x) for part in parts]
     objects = torch.tensor(counts, dtype=torch.float32).to(device, non_blocking=True)
@@ -182,7 +215,7 @@ def object_shares(parts: Sequence[Sequence[Sample]], device: torch.device) -> Te
 
 
 def amp_dtype(cfg: CfgNode) -> torch.dtype | None:
-    """Number format of autocast, None when SOLVER.AMP.ENABLED is False.
+    """Dtype of autocast; None if SOLVER.AMP.ENABLED is False.
 
     Raises:
         ValueError: an unknown SOLVER.AMP.DTYPE.

@@ -32,7 +32,6 @@ from ..visualization.pictures import save_pictures
 from .early_stopping import EarlyStopping
 from .ema import WeightAverage
 from .hooks import BestResult, Checkpointing, Curves, Evaluation
-from .loss_log import LossLog
 from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
 from .optimizer import build_clipper, build_optimizer
@@ -40,7 +39,7 @@ from .progress import TrainingProgress, watched
 from .resuming import ResumableTrainer
 from .rng import preserved_rng, set_rng_state
 from .schedule import resolve_schedule
-from .step import TrainStep, amp_dtype, unwrap
+from .step import LossLog, TrainStep, amp_dtype, unwrap
 from .validation import validation_losses
 from .wandb_writer import import_wandb
 from .writers import build_writers
@@ -102,7 +101,6 @@ class Trainer(ResumableTrainer):
                 optimizer,
                 folder=cfg.OUTPUT_DIR,
                 config=cfg.dump(),
-                max_skips=cfg.SOLVER.NON_FINITE.MAX_SKIPS,
             ),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -286,11 +284,9 @@ class Trainer(ResumableTrainer):
         start = time.perf_counter()
         batch = next(self._batches)
         self.storage.put_scalar("data_time", time.perf_counter() - start)
-        self._trainer.guard.begin(self.iter, batch)
         with memory_advice(self.cfg, f"iteration {self.iter}, {describe_batch(batch)}"):
-            scalars = self._trainer(batch)
-        if scalars:
-            self._log.add(self.iter, scalars)
+            scalars = self._trainer(batch, self.iter)
+        self._log.add(self.iter, scalars)
         # On a CPU nothing has to wait for the numbers: look at every step.
         done = self.iter + 1
         if self._on_cpu or done % LOG_PERIOD == 0 or done == self.max_iter:
@@ -304,13 +300,12 @@ class Trainer(ResumableTrainer):
         """Brings the scalars of recent steps to the host and into the storage.
 
         Raises:
-            NonFiniteLossError: one of these steps was one non-finite step too many.
+            NonFiniteLossError: one of these steps is not finite.
         """
         self._trainer.guard.settle()
-        self._log.discard(self._trainer.guard.take_skipped())
-        for record in self._log.collect():
-            self.storage.iter = record.iteration
-            self.storage.put_scalars(**record.scalars)
+        for iteration, scalars in self._log.collect():
+            self.storage.iter = iteration
+            self.storage.put_scalars(**scalars)
         self.storage.iter = self.iter
 
     def evaluate(self) -> dict[str, Any]:

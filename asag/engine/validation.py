@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from ..data import SparseDetectionMapper
 from ..data.mapper import eval_augmentations
 from ..modeling.layers.loss_weights import mean_over_workers
+from .non_finite import watch_predictions
 from .rng import preserved_rng
 from .step import amp_dtype
 
@@ -58,7 +59,13 @@ def validation_losses(
     if not dataset_dicts:
         raise ValueError("TEST.LOSS: the first data set of DATASETS.TEST has no images")
     sums: list[Tensor] = []  # each (1 + losses,): objects of a batch, its undivided losses
-    with preserved_rng(), EventStorage(), torch.no_grad(), loss_mode(model) as restore_buffers:
+    with (
+        preserved_rng(),
+        EventStorage(),
+        torch.no_grad(),
+        watch_predictions(model),
+        loss_mode(model) as restore_buffers,
+    ):
         _seed_all(SEED)
         for batch, counts in _batches(cfg, dataset_dicts):
             device = next(model.parameters()).device.type
