@@ -135,6 +135,15 @@ def test_evaluation_resizes_only(cfg, sample):
     assert SparseDetectionMapper(cfg, is_train=False)(sample)["image"].shape == (3, 50, 100)
 
 
+def test_training_sample_without_augmentation(cfg, sample):
+    cfg.INPUT.RANDOM_FLIP, cfg.INPUT.CROP.ENABLED, cfg.INPUT.CROP.PROB = "horizontal", True, 1.0
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 100, 1000
+    for _ in range(4):
+        made = SparseDetectionMapper.without_augmentation(cfg)(sample)
+        assert made["image"].shape == (3, 100, 200)
+        assert made["instances"].gt_boxes.tensor[0].tolist() == [40, 20, 80, 60]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -23,7 +23,6 @@ from pycocotools.cocoeval import COCOeval
 
 from asag.config.loading import differences
 from asag.data import SparseDetectionMapper
-from asag.data.mapper import eval_augmentations
 from asag.engine import reporting
 from asag.report import REPORT_FILE, Run, RunFolderError, RunRecord, write_report
 from asag.report.accuracy import AREAS, coco_accuracy
@@ -638,9 +637,7 @@ def test_matching_equals_images_one_by_one(tmp_path, matcher):
     assert torch.equal(rng, torch.get_rng_state()) and model.training
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format="RGB"
-    )
+    mapper = SparseDetectionMapper.without_augmentation(cfg)
     model.eval()
     objects, positives, matched, best = 0, np.zeros(2), np.zeros(12), set()
     for entry in dicts:

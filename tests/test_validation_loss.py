@@ -13,7 +13,6 @@ from engine_support import losses, register_tiny_shapes, tiny_cfg
 
 from asag import load_config
 from asag.data import SparseDetectionMapper
-from asag.data.mapper import eval_augmentations
 from asag.engine import Trainer
 from asag.engine.rng import rng_state
 from asag.engine.validation import validation_losses
@@ -41,9 +40,7 @@ def setting(folder, seed: int = 3, **changes):
 
 
 def samples(cfg) -> list[dict]:
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format="RGB"
-    )
+    mapper = SparseDetectionMapper.without_augmentation(cfg)
     return [mapper(x) for x in DatasetCatalog.get("engine_shapes_val")]
 
 

@@ -58,6 +58,12 @@ class SparseDetectionMapper:
             "image_format": cfg.INPUT.FORMAT,
         }
 
+    @classmethod
+    def without_augmentation(cls, cfg: CfgNode) -> "SparseDetectionMapper":
+        """Build a mapper for training samples that are resized as for testing."""
+        augmentations = eval_augmentations(cfg)
+        return cls(is_train=True, augmentations=augmentations, image_format=cfg.INPUT.FORMAT)
+
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Make one sample.
 

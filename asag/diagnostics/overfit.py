@@ -15,7 +15,6 @@ from torch import nn
 from ..checkpoint.checkpointer import AtomicCheckpointer
 from ..data import SparseDetectionMapper
 from ..data.catalog import check_classes, load_train_dicts
-from ..data.mapper import eval_augmentations
 from ..engine.optimizer import build_clipper, build_optimizer
 from ..engine.schedule import resolve_schedule
 from ..engine.step import TrainStep, amp_dtype
@@ -141,9 +140,7 @@ def overfit_samples(cfg: CfgNode, dataset_dicts: Sequence[Sample]) -> list[Sampl
         cfg: INPUT.*, and SOLVER.IMS_PER_BATCH, which bounds the batch as `IMAGES` does.
         dataset_dicts: to choose from.
     """
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
-    )
+    mapper = SparseDetectionMapper.without_augmentation(cfg)
     chosen = choose_images(dataset_dicts, min(IMAGES, cfg.SOLVER.IMS_PER_BATCH))
     return [mapper(dataset_dicts[i]) for i in chosen]
 

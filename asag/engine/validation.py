@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data import SparseDetectionMapper
-from ..data.mapper import eval_augmentations
 from ..modeling.layers.loss_weights import mean_over_workers
 from .non_finite import watch_predictions
 from .rng import preserved_rng
@@ -123,9 +122,7 @@ def _batches(
     batches = [list(indices[i : i + size]) for i in range(0, len(dataset_dicts), size)]
     steps = -(-len(batches) // world)
     own = [step * world + rank for step in range(steps)]
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
-    )
+    mapper = SparseDetectionMapper.without_augmentation(cfg)
     loader = DataLoader(
         MapDataset(DatasetFromList(list(dataset_dicts), copy=False), mapper),
         batch_sampler=[batches[i if i < len(batches) else 0] for i in own],

@@ -19,7 +19,6 @@ from ..config.loading import load_config
 from ..data import SparseDetectionMapper, register_coco_folder
 from ..data.catalog import check_registered
 from ..data.image_io import read_image
-from ..data.mapper import eval_augmentations
 from ..engine.defaults import choose_device, use_data
 
 
@@ -80,9 +79,7 @@ def read_samples(cfg: CfgNode, dataset: str, indices: Iterable[int]) -> Iterator
     Raises:
         ValueError: there is no such index.
     """
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
-    )
+    mapper = SparseDetectionMapper.without_augmentation(cfg)
     dicts = DatasetCatalog.get(dataset)
     for index in indices:
         if not 0 <= index < len(dicts):

@@ -16,7 +16,6 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..data import SparseDetectionMapper
-from ..data.mapper import eval_augmentations
 from ..modeling.meta_arch import SparseDetector
 from ..structures import ImageSizes
 
@@ -134,9 +133,7 @@ def matching_statistics(
     """
     if not isinstance(model, SparseDetector) or not dataset_dicts:
         return None
-    mapper = SparseDetectionMapper(
-        is_train=True, augmentations=eval_augmentations(cfg), image_format=cfg.INPUT.FORMAT
-    )
+    mapper = SparseDetectionMapper.without_augmentation(cfg)
     wanted = min(images, len(dataset_dicts))
     chosen = [dataset_dicts[i * len(dataset_dicts) // wanted] for i in range(wanted)]
     counter = _Counter()
