@@ -1,4 +1,4 @@
-"""The overfit check passes sound detectors, and says which part of a sabotaged one is to blame."""
+"""The overfit check passes sound detectors and names the failing component of others."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def setting(tmp_path, **changes):
     return cfg, model, overfit_samples(cfg, DatasetCatalog.get("engine_shapes_train"))
 
 
-def parts(result: OverfitResult) -> list[str]:
-    return [finding.part for finding in result.findings]
+def components(result: OverfitResult) -> list[str]:
+    return [finding.split(":")[0] for finding in result.findings]
 
 
 def freeze(model: torch.nn.Module, word: str) -> None:
@@ -58,18 +58,18 @@ def freeze(model: torch.nn.Module, word: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "part", "start"),
+    ("word", "component", "start"),
     [("class_logits", "classification", "grid"), ("box_deltas", "box", "image")],
 )
-def test_frozen_part_is_named(tmp_path, word, part, start):
+def test_frozen_component_is_named(tmp_path, word, component, start):
     cfg, model, samples = setting(tmp_path, MODEL__PROPOSAL_GENERATOR__BOX_INIT=start)
     freeze(model, word)
-    if part == "box":  # proposals are boxes that learn, too
+    if component == "box":  # proposals are boxes that learn, too
         model.proposal_generator.boxes_cxcywh.requires_grad_(False)
     result = check_overfit(cfg, model, samples, steps=60)
     assert not result.passed
-    assert parts(result)[0] == part
-    assert f"\n  {part}: " in result.report() and "FAILED" in result.report()
+    assert components(result)[0] == component
+    assert f"\n  {component}: " in result.report() and "FAILED" in result.report()
 
 
 def test_optimizer_that_does_nothing(tmp_path):
@@ -78,7 +78,7 @@ def test_optimizer_that_does_nothing(tmp_path):
     cfg.defrost()
     cfg.SOLVER.BASE_LR = 0.0
     result = check_overfit(cfg, model, samples, steps=2)
-    assert not result.passed and parts(result)[0] == "optimizer"
+    assert not result.passed and components(result)[0] == "optimizer"
     assert result.first == pytest.approx(result.last)
 
 
@@ -90,8 +90,8 @@ def test_divergence(tmp_path):
         SOLVER__CLIP_GRADIENTS__ENABLED=False,
     )
     result = check_overfit(cfg, model, samples, steps=10)
-    assert not result.passed and parts(result) == ["optimizer"]
-    assert "diverged" in result.findings[0].evidence and result.steps < 10
+    assert not result.passed and components(result) == ["optimizer"]
+    assert "diverged" in result.findings[0] and result.steps < 10
 
 
 def test_too_few_queries(tmp_path):
@@ -99,12 +99,12 @@ def test_too_few_queries(tmp_path):
     full = [x for x in DatasetCatalog.get("engine_shapes_train") if len(x["annotations"]) == 3]
     samples = overfit_samples(cfg, full)
     result = check_overfit(cfg, model, samples, steps=1)
-    (matching,) = [x for x in result.findings if x.part == "matching"]
-    assert f"{2 * len(samples)} of {3 * len(samples)} objects have no query" in matching.evidence
+    (matching,) = [x for x in result.findings if x.startswith("matching: ")]
+    assert f"{2 * len(samples)} of {3 * len(samples)} objects have no query" in matching
 
 
-def test_generator_with_losses_of_its_own(tmp_path):
-    """Judged by losses that did not fall: an untrained generator, against its own present loss."""
+def test_asag_from_an_untrained_model(tmp_path):
+    """A generator with losses of its own and as many queries as the image asks for."""
     register_tiny_shapes()
     torch.manual_seed(0)
     options = ["MODEL.DEVICE", "cpu", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"]
@@ -112,28 +112,25 @@ def test_generator_with_losses_of_its_own(tmp_path):
     assert cfg.MODEL.ASAG.GT_WARMUP_ITERS == 2
     model = Trainer.build_model(cfg)
     samples = overfit_samples(cfg, DatasetCatalog.get("engine_shapes_train"))
-    first = {name: float(x.detach()) for name, x in model.train()(samples).items()}
-    findings = {x.part: x.evidence for x in model_findings(model, samples, first)}
-    assert "fell from" in findings["generator"]
-    high = {name: 100 * x for name, x in first.items()}
-    assert "generator" not in {x.part for x in model_findings(model, samples, high)}
+    findings = model_findings(model, samples)
+    assert findings and {x.split(":")[0] for x in findings} <= {"matching", "box", "classification"}
 
 
 def test_data_that_cannot_be_learned(tmp_path):
     cfg, model, samples = setting(tmp_path)
     assert data_findings(samples) == []
     twin = samples[0] | {"file_name": "twin.png"}
-    assert "twin.png shows the same as" in data_findings([samples[0], twin])[0].evidence
+    assert "twin.png shows the same as" in data_findings([samples[0], twin])[0]
     gray = samples[0] | {"image": torch.full_like(samples[0]["image"], 7), "file_name": "gray.png"}
-    assert "gray.png is of one color" in data_findings([gray])[0].evidence
+    assert "gray.png is of one color" in data_findings([gray])[0]
     double = copy.deepcopy(samples[0])
     double["instances"] = type(double["instances"]).cat([double["instances"]] * 2)
-    assert "the very same box" in data_findings([double])[0].evidence
+    assert "the very same box" in data_findings([double])[0]
 
     empty = [x | {"annotations": []} for x in DatasetCatalog.get("engine_shapes_train")]
     assert overfit_samples(cfg, empty) == []
     result = check_overfit(cfg, model, [], steps=5)
-    assert not result.passed and result.steps == 0 and parts(result) == ["data"]
+    assert not result.passed and result.steps == 0 and components(result) == ["data"]
 
 
 def test_choice_of_images():

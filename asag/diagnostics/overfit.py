@@ -1,51 +1,52 @@
-"""The first thing to try when a detector does not learn: can it learn four images by heart?"""
+"""Overfit check: trains on one batch until the detector finds the objects in it.
+
+A detector that cannot learn four images will not learn a data set; run it first when AP stays at 0.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from torch import nn
+from detectron2.structures import Instances
+from pycocotools.coco import COCO
+from torch import Tensor, nn
 
 from ..checkpoint.checkpointer import AtomicCheckpointer
 from ..data import SparseDetectionMapper
 from ..data.catalog import check_classes, load_train_dicts
+from ..engine.non_finite import NonFiniteLossError
 from ..engine.optimizer import build_clipper, build_optimizer
 from ..engine.schedule import resolve_schedule
 from ..engine.step import TrainStep, amp_dtype
-from .overfit_findings import (
-    ENOUGH,
-    Finding,
-    Sample,
-    ap50_of,
-    count_objects,
-    data_findings,
-    model_findings,
-    truth_of,
-)
+from ..evaluation.coco import evaluate_boxes
+from .overfit_findings import ENOUGH, Sample, count_objects, data_findings, model_findings
 
-IMAGES = 4  # at most; more take longer and show no more
+IMAGES = 4  # at most; more take longer and show nothing more
 STEPS = 300
-CHECK_PERIOD = 20  # steps between two looks at the detections
+CHECK_PERIOD = 20  # steps between two evaluations
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class OverfitResult:
-    """Outcome of a check.
+    """Result of a check.
 
     Attributes:
-        passed: whether AP50 on the batch reached `ENOUGH`.
+        passed: True if AP50 on the batch reached `ENOUGH`.
         steps: optimizer steps that were taken.
         ap50: of the detections on the batch, 0 to 1.
         first, last: name -> loss in the first and in the last step.
-        findings: what failed; empty if nothing did.
+        findings: "component: evidence" for everything that failed; empty if nothing did.
     """
 
     passed: bool
@@ -53,23 +54,23 @@ class OverfitResult:
     ap50: float
     first: Mapping[str, float]
     last: Mapping[str, float]
-    findings: tuple[Finding, ...] = ()
+    findings: tuple[str, ...] = ()
 
     def report(self) -> str:
-        """The outcome as text for a terminal."""
+        """Formats the result for a terminal."""
         if self.passed:
             return f"overfit check passed: AP50 {100 * self.ap50:.1f} after {self.steps} steps"
         lines = [
             f"overfit check FAILED: AP50 {100 * self.ap50:.1f} after {self.steps} steps, "
             f"{100 * ENOUGH:.0f} are needed"
         ]
-        lines += [f"  {finding.part}: {finding.evidence}" for finding in self.findings]
+        lines += [f"  {finding}" for finding in self.findings]
         lines += [
             f"    {name} {value:.4g} -> {self.last.get(name, math.nan):.4g}"
             for name, value in self.first.items()
         ]
         lines.append(
-            "  (where losses were still falling, more steps may do, --overfit-steps N, or a higher "
+            "  (if the losses were still falling, take more steps, --overfit-steps N, or raise "
             "SOLVER.BASE_LR)"
         )
         return "\n".join(lines)
@@ -78,18 +79,17 @@ class OverfitResult:
 def check_overfit(
     cfg: CfgNode, model: nn.Module, samples: Sequence[Sample], *, steps: int = STEPS
 ) -> OverfitResult:
-    """Trains a model on one batch again and again, at a constant learning rate, until it finds the
-    objects in it.
+    """Trains a model on one batch at a constant learning rate until it detects the objects in it.
 
     Args:
-        cfg: SOLVER.* of the optimizer; BASE_LR as it stands. See `overfit_config`.
+        cfg: SOLVER.* of the optimizer; BASE_LR is not changed. See `overfit_config`.
         model: the detector with its initial weights; it is trained.
         samples: the batch, see `overfit_samples`.
-        steps: most steps to take.
+        steps: maximum number of steps.
     """
-    doubts = data_findings(samples)
+    findings = data_findings(samples)
     if not count_objects(samples):
-        return OverfitResult(False, 0, 0.0, {}, {}, tuple(doubts))
+        return OverfitResult(False, 0, 0.0, {}, {}, tuple(findings))
     optimizer = build_optimizer(cfg, model, clip_in_step=False)
     step = TrainStep(model, optimizer, amp_dtype=amp_dtype(cfg), clip=build_clipper(cfg))
     before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
@@ -99,14 +99,13 @@ def check_overfit(
     while done < steps:
         model.train()
         try:
-            scalars = step(samples)
-        except FloatingPointError as error:
-            return OverfitResult(False, done, ap50, first, last, (_diverged(str(error)),))
+            scalars = step(samples, done)
+            step.guard.settle()
+        except NonFiniteLossError as error:
+            return OverfitResult(False, done, ap50, first, last, (f"optimizer: {error}",))
         done += 1
         last = {k: float(v) for k, v in scalars.items() if k.startswith("loss_")}
         first = first or last
-        if not all(map(math.isfinite, last.values())):
-            return OverfitResult(False, done, ap50, first, last, (_diverged(f"{last}"),))
         if done % CHECK_PERIOD and done < steps:
             continue
         ap50 = detected_ap50(model, samples)
@@ -114,15 +113,17 @@ def check_overfit(
         if ap50 >= ENOUGH:
             return OverfitResult(True, done, ap50, first, last)
     after = [p for p in model.parameters() if p.requires_grad]
-    moved = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    findings = [] if moved else [Finding("optimizer", "not a single weight has changed")]
-    findings += [*doubts, *model_findings(model, samples, first)]
+    if all(torch.equal(a, b) for a, b in zip(before, after, strict=True)):
+        findings.insert(0, "optimizer: no weight has changed; check SOLVER.BASE_LR")
+    findings += model_findings(model, samples)
     return OverfitResult(False, done, ap50, first, last, tuple(findings))
 
 
 def overfit_config(cfg: CfgNode, steps: int) -> CfgNode:
-    """The configuration without what stands in the way of learning by heart: no dropout, and
-    schedules of the model that count steps shrunk to so few of them."""
+    """Returns the configuration without regularization that would hinder overfitting.
+
+    Dropout is off, and schedules of the model that count steps are shortened to `steps`.
+    """
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.DECODER.DROPOUT = 0.0
@@ -134,10 +135,10 @@ def overfit_config(cfg: CfgNode, steps: int) -> CfgNode:
 
 
 def overfit_samples(cfg: CfgNode, dataset_dicts: Sequence[Sample]) -> list[Sample]:
-    """One batch without random augmentation: few objects an image, of as many classes as possible.
+    """Prepares one batch without augmentation: few objects an image, as many classes as possible.
 
     Args:
-        cfg: INPUT.*, and SOLVER.IMS_PER_BATCH, which bounds the batch as `IMAGES` does.
+        cfg: INPUT.*, and SOLVER.IMS_PER_BATCH, which limits the batch as `IMAGES` does.
         dataset_dicts: to choose from.
     """
     mapper = SparseDetectionMapper.without_augmentation(cfg)
@@ -146,10 +147,15 @@ def overfit_samples(cfg: CfgNode, dataset_dicts: Sequence[Sample]) -> list[Sampl
 
 
 def run_check(cfg: CfgNode, recipe: CfgNode, *, steps: int = STEPS) -> int:
-    """`train_net.py --overfit-check`: one batch of DATASETS.TRAIN, from MODEL.WEIGHTS on.
+    """Runs `train_net.py --overfit-check` on one batch of DATASETS.TRAIN, from MODEL.WEIGHTS on.
+
+    Args:
+        cfg: the configuration of the run.
+        recipe: the configuration file without overrides, see `resolve_schedule`.
+        steps: maximum number of steps.
 
     Returns:
-        Exit code: 0 if the batch was learned, 1 if not.
+        Exit code: 0 if the batch was learned, else 1.
     """
     dicts = load_train_dicts(cfg)
     check_classes(cfg)
@@ -168,12 +174,15 @@ def run_check(cfg: CfgNode, recipe: CfgNode, *, steps: int = STEPS) -> int:
 
 
 def choose_images(dataset_dicts: Sequence[Sample], count: int) -> list[int]:
-    """Indices of at most `count` images with objects; always the same ones."""
+    """Returns the indices of at most `count` images with objects; deterministic.
+
+    Images of classes not yet chosen come first, then those with the fewest objects.
+    """
     labels = {
         i: [a["category_id"] for a in x.get("annotations", []) if not a.get("iscrowd", 0)]
         for i, x in enumerate(dataset_dicts)
     }
-    left = {i: found for i, found in labels.items() if found}
+    left = {i: classes for i, classes in labels.items() if classes}
     seen: set[int] = set()
     chosen: list[int] = []
     while left and len(chosen) < count:
@@ -187,13 +196,42 @@ def choose_images(dataset_dicts: Sequence[Sample], count: int) -> list[int]:
 def detected_ap50(model: nn.Module, samples: Sequence[Sample]) -> float:
     """AP50 of the model's detections on the batch, 0 to 1."""
     model.eval()
-    outputs = model([{"image": x["image"]} for x in samples])
-    found = [x["instances"] for x in outputs]
-    return ap50_of(
-        [truth_of(x) for x in samples],
-        [(x.pred_boxes.tensor, x.pred_classes, x.scores) for x in found],
-    )
+    outputs = [x["instances"] for x in model([{"image": x["image"]} for x in samples])]
+    detections = [
+        annotation | {"score": score}
+        for i, x in enumerate(outputs)
+        for annotation, score in zip(
+            _annotations(i, x.pred_boxes.tensor, x.pred_classes), x.scores.tolist(), strict=True
+        )
+    ]
+    coco = _ground_truth([x["instances"] for x in samples])
+    detections = [x for x in detections if x["category_id"] in coco.cats]
+    return max(float(evaluate_boxes(coco, detections).stats[1]), 0.0) if detections else 0.0
 
 
-def _diverged(what: str) -> Finding:
-    return Finding("optimizer", f"the training diverged ({what}); lower SOLVER.BASE_LR")
+def _ground_truth(images: Sequence[Instances]) -> COCO:
+    annotations = [
+        annotation
+        for i, x in enumerate(images)
+        for annotation in _annotations(i, x.gt_boxes.tensor, x.gt_classes)
+    ]
+    for number, annotation in enumerate(annotations, start=1):
+        width, height = annotation["bbox"][2:]
+        annotation.update(id=number, iscrowd=0, area=width * height)
+    coco = COCO()
+    coco.dataset = {
+        "images": [{"id": i} for i in range(len(images))],
+        "categories": [{"id": k} for k in sorted({a["category_id"] for a in annotations})],
+        "annotations": annotations,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
+        coco.createIndex()
+    return coco
+
+
+def _annotations(image_id: int, boxes_xyxy: Tensor, labels: Tensor) -> list[dict[str, Any]]:
+    """The boxes of one image in COCO's format, XYWH."""
+    return [
+        {"image_id": image_id, "category_id": label, "bbox": [x1, y1, x2 - x1, y2 - y1]}
+        for (x1, y1, x2, y2), label in zip(boxes_xyxy.tolist(), labels.tolist(), strict=True)
+    ]
