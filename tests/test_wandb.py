@@ -9,8 +9,7 @@ import pytest
 from detectron2.utils.events import EventStorage, JSONWriter, TensorboardXWriter
 from engine_support import tiny_cfg
 
-from asag.engine.wandb_writer import RUN_FILE, WandbWriter
-from asag.engine.writers import ConsolePrinter, build_writers
+from asag.engine.writers import RUN_FILE, ConsolePrinter, WandbWriter, build_writers
 
 
 class FakeRun:

@@ -23,9 +23,8 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 
 from asag.engine import progress
-from asag.engine.log_files import keep_files_plain
 from asag.engine.progress import WatchedLoader, on_terminal, watched
-from asag.engine.writers import time_left
+from asag.engine.writers import keep_files_plain, time_left
 
 LINES = ["line 2", "line 3", "line 4", "image 7", "image 8", "image 9", "line 5", "the end"]
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f]")  # all but the end of a line

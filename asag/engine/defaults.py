@@ -24,7 +24,7 @@ from ..data import (
     register_coco_splits,
 )
 from ..files import atomic_writer
-from .log_files import keep_files_plain
+from .writers import keep_files_plain
 
 DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
 USER_ERROR = 2  # exit code for errors that the user can fix

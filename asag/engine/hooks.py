@@ -1,4 +1,4 @@
-"""Hooks for what happens between steps: checkpoints, evaluation, curves."""
+"""Hooks that run between steps: checkpoints, evaluation, early stopping, curves."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
@@ -27,28 +28,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BestResult:
-    """The best evaluation so far: box AP in percent, and after how many iterations."""
+    """The best evaluation so far.
+
+    Attributes:
+        ap: box AP in percent.
+        iterations: number of iterations after which it was reached.
+    """
 
     ap: float
     iterations: int
 
     @classmethod
     def read(cls, output_dir: str | Path) -> BestResult | None:
-        """What an earlier part of the run noted in `best.json`; None if there is nothing usable."""
+        """Reads `best.json` of an earlier part of the run; None if it is missing or damaged."""
         with contextlib.suppress(OSError, ValueError, TypeError):
             return cls(**json.loads((Path(output_dir) / BEST_FILE).read_text(encoding="utf-8")))
         return None
 
     def write(self, output_dir: str | Path) -> None:
-        """Notes it in `best.json`."""
+        """Writes `best.json`."""
         with atomic_writer(Path(output_dir) / BEST_FILE) as file:
             json.dump(asdict(self), file)
 
 
 class Checkpointing(HookBase):
-    """A checkpoint every `period` iterations, and `model_final` at the end.
+    """Saves a checkpoint every `period` iterations, and `model_final` at the end.
 
-    Runs on all processes, because a checkpoint holds the random state of each.
+    Runs in all processes, because a checkpoint holds the random state of each.
     """
 
     def __init__(self, period: int) -> None:
@@ -67,10 +73,10 @@ class Checkpointing(HookBase):
 
 
 class Evaluation(HookBase):
-    """Evaluates every `period` iterations and at the end, logs the results, keeps the best weights.
+    """Evaluates every `period` iterations and at the end, logs the results, saves the best weights.
 
-    The best model is that of highest box AP on the first data set of DATASETS.TEST; its weights are
-    in `model_best.pth`.
+    The best model has the highest box AP on the first data set of DATASETS.TEST; its weights are
+    saved as `model_best.pth`.
     """
 
     def __init__(self, period: int) -> None:
@@ -91,8 +97,8 @@ class Evaluation(HookBase):
         results = self.trainer.evaluate()
         if comm.is_main_process() and results:
             self._log(results)
-            self._keep_best(results, done)
-        comm.synchronize()  # the others wait instead of running into a collective's timeout
+            self._save_best(results, done)
+        comm.synchronize()  # the others wait here and do not run into a collective's timeout
 
     def _log(self, results: Mapping[str, Any]) -> None:
         numbers = flatten_results_dict(results)
@@ -104,7 +110,7 @@ class Evaluation(HookBase):
         self.trainer.storage.put_scalars(**finite, smoothing_hint=False)
         logger.info(f"validation loss {losses['total_loss']:.4g}")
 
-    def _keep_best(self, results: Mapping[str, Any], done: int) -> None:
+    def _save_best(self, results: Mapping[str, Any], done: int) -> None:
         ap = box_ap(results)
         best = self.trainer.best
         if ap is None or (best is not None and ap <= best.ap):
@@ -114,17 +120,89 @@ class Evaluation(HookBase):
         self.trainer.best.write(self.trainer.cfg.OUTPUT_DIR)
 
 
-class Curves(HookBase):
-    """Draws `curves.png` anew once an evaluation's numbers are in `metrics.json`.
+class EarlyStopping(HookBase):
+    """Ends training after `patience` evaluations in a row without a better box AP.
 
-    Runs on the main process, behind the writers, under any of Detectron2's trainers. The last
-    drawing is the program's, when all is written.
+    Saves a final checkpoint. Must follow `Evaluation` in the list of hooks. The number of
+    evaluations since the best one is computed from `best.json`, so that a resumed run stops at the
+    same iteration as an uninterrupted one.
+    """
+
+    def __init__(self, *, patience: int, period: int) -> None:
+        """
+        Args:
+            patience: evaluations without a better result, 1 or more.
+            period: iterations between evaluations, 1 or more.
+        """
+        self._patience = patience
+        self._period = period
+        self._stopped = False
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> EarlyStopping | None:
+        """Builds the hook from SOLVER.EARLY_STOP_PATIENCE; None if that is 0.
+
+        Raises:
+            ValueError: training has no evaluations.
+        """
+        patience, period = cfg.SOLVER.EARLY_STOP_PATIENCE, cfg.TEST.EVAL_PERIOD
+        if patience == 0:
+            return None
+        if period == 0 or not cfg.DATASETS.TEST:
+            raise ValueError(
+                f"SOLVER.EARLY_STOP_PATIENCE is {patience}, but nothing is evaluated while "
+                "training: set TEST.EVAL_PERIOD above 0 and name a data set in DATASETS.TEST, or "
+                "set SOLVER.EARLY_STOP_PATIENCE 0"
+            )
+        return cls(patience=patience, period=period)
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if done % self._period or done == self.trainer.max_iter:
+            return
+        reason = comm.all_gather(self._reason(self.trainer.best, done))[0]  # of the main process
+        if reason is None:
+            return
+        self._stopped = True
+        logger.info(f"stopped early after {done} of {self.trainer.max_iter} iterations: {reason}")
+        self.trainer.save_checkpoint(FINAL_WEIGHTS)
+        self.trainer.stop()
+
+    def ended(self, best: BestResult | None, done: int) -> str | None:
+        """Returns why a run resumed after `done` iterations is complete; None if it is not."""
+        return comm.all_gather(self._reason(best, done) if self._stopped else None)[0]
+
+    def _reason(self, best: BestResult | None, done: int) -> str | None:
+        """Returns the reason for stopping after `done` iterations; None if there is none."""
+        waited = (done - (best.iterations if best else 0)) // self._period
+        if waited < self._patience:
+            return None
+        than = (
+            f" better than {best.ap:.2f}, reached after {best.iterations} iterations"
+            if best
+            else ""
+        )
+        return f"{waited} evaluations without a box AP{than} (SOLVER.EARLY_STOP_PATIENCE)"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Marks the checkpoint of a run that was stopped."""
+        return {"stopped": True} if self._stopped else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._stopped = state_dict["stopped"]
+
+
+class Curves(HookBase):
+    """Redraws `curves.png` when the results of an evaluation are in `metrics.json`.
+
+    Runs in the main process, after the writers, under any of Detectron2's trainers. The command
+    line draws the curves once more at the end of a run.
     """
 
     def __init__(self, eval_period: int, log_period: int) -> None:
         """
         Args:
-            eval_period: iterations between evaluations; 0: no evaluation before the end.
+            eval_period: iterations between evaluations; 0: only one at the end.
             log_period: iterations between two lines of `metrics.json`.
         """
         self._eval_period, self._log_period = eval_period, log_period
@@ -142,7 +220,7 @@ class Curves(HookBase):
 
 
 def box_ap(results: Mapping[str, Any]) -> float | None:
-    """Box AP of the first data set in what `Trainer.test` returned; None if there is none."""
+    """Box AP of the first data set in the results of `Trainer.test`; None if there is none."""
     if "bbox" not in results:  # several data sets: name -> results
         nested = [value for value in results.values() if isinstance(value, Mapping)]
         if not nested or "bbox" not in nested[0]:

@@ -29,9 +29,8 @@ from ..data.catalog import check_classes, check_registered, class_names, load_tr
 from ..evaluation import build_evaluator
 from ..inference.tta import DetectorWithTTA, check_test_augmentation
 from ..visualization.pictures import save_pictures
-from .early_stopping import EarlyStopping
 from .ema import WeightAverage
-from .hooks import BestResult, Checkpointing, Curves, Evaluation
+from .hooks import BestResult, Checkpointing, Curves, EarlyStopping, Evaluation
 from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
 from .optimizer import build_clipper, build_optimizer
@@ -41,8 +40,7 @@ from .rng import preserved_rng, set_rng_state
 from .schedule import resolve_schedule
 from .step import LossLog, TrainStep, amp_dtype, unwrap
 from .validation import validation_losses
-from .wandb_writer import import_wandb
-from .writers import build_writers
+from .writers import build_writers, import_wandb
 
 LOG_PERIOD = 20  # iterations between two lines of the log
 
