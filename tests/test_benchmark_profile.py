@@ -78,7 +78,7 @@ def test_nothing_is_said_where_nothing_is_out_of_proportion(monkeypatch, tmp_pat
     assert profile.phase_ms["roi_heads"] > 1000 * NAP and profile.images == 4
     assert profile.images_per_second == pytest.approx(4000 / profile.total_ms)
     assert hints(profile, cfg) == []
-    assert render(profile, cfg).splitlines()[-1] == "nothing is out of proportion"
+    assert render(profile, cfg).splitlines()[-1] == "no hints"
 
 
 def test_profiling_writes_nothing_and_keeps_the_configuration(tmp_path):
@@ -122,9 +122,9 @@ SINKHORN = {
     [
         (HEALTHY, {}, None),
         (with_phase(data=30), {}, "set DATALOADER.NUM_WORKERS to about 2 (now 0)"),
-        (with_phase(data=30), {"DATALOADER__NUM_WORKERS": 3}, "3 would do if each had a core"),
-        (replace(with_phase(data=900), batch_ms=950), {}, "10 processes would keep up, but there"),
-        (HEALTHY, {"DATALOADER__NUM_WORKERS": 9}, "NUM_WORKERS 9 on 4 core(s); about 2 will do"),
+        (with_phase(data=30), {"DATALOADER__NUM_WORKERS": 3}, "3 would be enough with a core"),
+        (replace(with_phase(data=900), batch_ms=950), {}, "10 processes are needed, but there"),
+        (HEALTHY, {"DATALOADER__NUM_WORKERS": 9}, "NUM_WORKERS 9 on 4 core(s); about 2 are enough"),
         (with_phase(matcher=20), {}, "NUM_QUERIES, now 6) or stages"),
         (with_phase(matcher=20), SINKHORN, "MODEL.MATCHER.OT.SOLVER exact"),
         (

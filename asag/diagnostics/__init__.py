@@ -1,1 +1,1 @@
-"""Tools that look into a training: overfit check, replay of a step, profilers."""
+"""Diagnostics of training: overfit check, replay of non-finite steps, profilers."""

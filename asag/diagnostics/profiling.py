@@ -1,7 +1,7 @@
-"""Where the time of a step goes, where the host waits for the device, and what memory holds.
+"""Profiling primitives: time by component, host waits, device time, and memory.
 
-Nothing here repeats the model's forward pass: components are timed by hooks on the modules that the
-pipeline calls.
+Components are timed by hooks on the modules that the pipeline calls; the forward pass is not
+reimplemented here.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 COMPONENTS = ("backbone", "neck", "proposal_generator", "roi_heads", "matcher", "criterion")
-"""Modules of a detector that are timed, as far as it has them."""
+"""Modules of a detector that are timed, if it has them."""
 OTHER, DATA, BACKWARD, OPTIMIZER = "other", "data", "backward", "optimizer"
 
 
 class PhaseTimer:
     """Splits the time of a forward pass or training step into phases that sum to the total.
 
-    Each component of the model is a phase; one called within another counts for itself only.
-    After a training forward comes "backward", and "optimizer" from gradient clipping (wrapped with
-    `as_optimizer`) or the update on; everything else, such as pre- and postprocessing, is "other".
-    Who times more than that, such as the wait for a batch, says so with `turn_to`.
+    Each component of the model is a phase; the time of a component called within another one is
+    not counted twice. A training forward is followed by "backward", and by "optimizer" from
+    gradient clipping (wrapped with `as_optimizer`) or the update on; everything else, such as pre-
+    and postprocessing, is "other". Callers mark further phases, such as the wait for a batch, with
+    `turn_to`.
 
-    On CUDA the marks are events in the stream, read after the step: timing adds no waiting, and a
-    phase includes the time in which the device was idle for want of work. Use as a context manager:
+    On CUDA the marks are events in the stream, read after the step: timing adds no synchronization,
+    and a phase includes the time in which the device was idle. Use as a context manager:
 
         with PhaseTimer(model, optimizer) as timer:
             milliseconds = timer.measure(lambda: step(batch))
@@ -63,7 +64,7 @@ class PhaseTimer:
         self._handles.clear()
 
     def measure(self, call: Callable[[], Any]) -> dict[str, float]:
-        """Runs `call` and returns phase -> milliseconds, "total" included."""
+        """Runs `call` and returns phase -> milliseconds, including "total"."""
         self.phases, self.marks = [OTHER], []
         if self.cuda:
             torch.cuda.synchronize()
@@ -78,7 +79,7 @@ class PhaseTimer:
         return spent | {"total": sum(spent.values())}
 
     def as_optimizer(self, function: Callable[..., Any] | None) -> Callable[..., Any] | None:
-        """The same function, whose time and what follows counts for the optimizer."""
+        """Wraps a function so that its time, and what follows, counts as "optimizer"."""
         if function is None:
             return None
 
@@ -89,7 +90,7 @@ class PhaseTimer:
         return timed
 
     def turn_to(self, phase: str) -> None:
-        """What follows, outside of the components, counts for `phase`."""
+        """Counts everything that follows outside of the components as `phase`."""
         self.phases[0] = phase
         self._mark()
 
@@ -118,7 +119,7 @@ class PhaseTimer:
         self._mark()
 
     def _forward_begins(self, *_: object) -> None:
-        self.turn_to(OTHER)  # a later part of an accumulated batch comes after a backward pass
+        self.turn_to(OTHER)  # a later micro-batch follows a backward pass
 
     @torch.compiler.disable
     def _forward_done(self, *_: object) -> None:
@@ -129,11 +130,11 @@ class PhaseTimer:
 
 
 class _BlockingCopies(TorchFunctionMode):
-    """Counts copies between host and device that the host waits for.
+    """Counts copies between host and device that the host waits for, by their Python calls.
 
-    Seen at the level of Python calls. `.cpu()`, `.tolist()` and tensors made from Python numbers on
-    a given device show on a CPU too, although nothing is copied there; `.to(another device)`
-    counts without `non_blocking=True`.
+    `.cpu()`, `.tolist()` and tensors created from Python numbers on a given device are counted on a
+    CPU too, although nothing is copied there; `.to(another device)` is counted unless
+    `non_blocking=True`.
     """
 
     def __init__(self, counts: Counter[str]) -> None:
@@ -156,12 +157,12 @@ class _BlockingCopies(TorchFunctionMode):
 
 
 def _made_on_device(args: tuple, kwargs: dict) -> bool:
-    """Whether a new tensor is made from Python numbers or arrays, and straight on a device."""
+    """Returns True if a tensor is created on a device from Python numbers or arrays."""
     return kwargs.get("device") is not None and not any(isinstance(x, Tensor) for x in args)
 
 
 def _crosses(x: Tensor, args: tuple, kwargs: dict) -> bool:
-    """Whether `x.to(...)` copies to another device and waits for it."""
+    """Returns True if `x.to(...)` copies to another device and waits for it."""
     named = [*args, kwargs.get("device"), kwargs.get("other")]
     targets = [y.device if isinstance(y, Tensor) else y for y in named]
     elsewhere = any(
@@ -171,7 +172,7 @@ def _crosses(x: Tensor, args: tuple, kwargs: dict) -> bool:
 
 
 class _DataDependent(TorchDispatchMode):
-    """Counts operators whose result or shape the host must read from the device."""
+    """Counts operators whose result or output shape the host must read from the device."""
 
     OPERATORS = (
         "_local_scalar_dense",
@@ -199,9 +200,9 @@ class _DataDependent(TorchDispatchMode):
 
 
 def host_waits(call: Callable[[], Any]) -> dict[str, int]:
-    """Runs `call` and returns operation -> how often it made (or would make) the host wait.
+    """Runs `call` and returns operation -> number of times that the host waits for the device.
 
-    The count holds for a device with its own queue of work, whatever device `call` runs on.
+    The count is that of an asynchronous device such as CUDA, on any device that `call` runs on.
     """
     counts: Counter[str] = Counter()
     with _BlockingCopies(counts), _DataDependent(counts):
@@ -210,21 +211,23 @@ def host_waits(call: Callable[[], Any]) -> dict[str, int]:
 
 
 def device_busy_ms(call: Callable[[], Any]) -> float:
-    """Runs `call` and returns the milliseconds in which the CUDA device computed for it; 0 where
-    torch's profiler cannot see the device."""
+    """Runs `call` and returns the milliseconds of its CUDA kernels.
+
+    The result is 0 if torch's profiler has no access to the device.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
-    # Before torch 2.4 the times of the device are called those of CUDA.
+    # The attribute had another name before torch 2.4.
     names = ("self_device_time_total", "self_cuda_time_total")
     events = profile.key_averages()
     return sum(next((getattr(e, n) for n in names if hasattr(e, n)), 0) for e in events) / 1000
 
 
 def saved_bytes(model: nn.Module, call: Callable[[], Any]) -> int:
-    """Runs a training step and returns the bytes of activations that it kept for its backward pass.
+    """Runs a training step and returns the bytes of activations saved for the backward pass.
 
-    Storage that several operations share counts once; parameters and buffers do not count.
+    Storage shared by several operations counts once; parameters and buffers do not count.
     """
     own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}

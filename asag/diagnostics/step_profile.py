@@ -1,7 +1,7 @@
-"""Where the time of real training steps goes, and what to change where it goes astray.
+"""Profile of training steps, with hints on the configuration.
 
-The steps are those of `Trainer`: its loader, its step, its look at the numbers. Nothing is written
-but into a folder that vanishes.
+The steps are those of `Trainer`, with its loader and its check for non-finite numbers. Files are
+written into a temporary folder only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..engine.step import unwrap
 from ..engine.trainer import Trainer
 from .profiling import BACKWARD, DATA, OPTIMIZER, OTHER, PhaseTimer, device_busy_ms, host_waits
 
-# Shares of a step (and a count) from which on there is something to say.
+# Shares of a step (and a count) above which a hint is given.
 DATA_SHARE = 0.15
 MATCHER_SHARE = 0.10
 OPTIMIZER_SHARE = 0.20
@@ -44,24 +44,24 @@ COMPONENTS = {
     "proposal_generator": "proposals",
     "roi_heads": "heads",
 }
-BATCHES = 3  # made in the foreground to see how long one takes
+BATCHES = 3  # prepared in the foreground to measure the time of one
 
 Sample = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What a training step consists of.
+    """Measurements of a training step.
 
     Attributes:
-        phase_ms: phase -> milliseconds, mean of the steps, see `PhaseTimer`; with "data", the wait
-            for the loader.
-        images: a step.
-        host_waits: operation -> how often a step makes the host wait, see `profiling.host_waits`.
-        batch_ms: of making one batch in the foreground; None for images that were not loaded.
-        idle_share: of the forward pass without the matcher, in which the GPU had nothing to do;
-            None without a GPU.
-        cores: that this process may use.
+        phase_ms: phase -> milliseconds, mean of the steps, see `PhaseTimer`; "data" is the wait for
+            the loader.
+        images: number of images in a step.
+        host_waits: operation -> number of host waits in a step, see `profiling.host_waits`.
+        batch_ms: time to prepare one batch in the foreground; None for images that were not loaded.
+        idle_share: share of the forward pass without the matcher in which the GPU was idle; None
+            without a GPU.
+        cores: number of CPU cores that this process may use.
     """
 
     phase_ms: dict[str, float]
@@ -73,33 +73,34 @@ class StepProfile:
 
     @property
     def total_ms(self) -> float:
-        """Milliseconds of a step."""
+        """Duration of a step in milliseconds."""
         return sum(self.phase_ms.values())
 
     @property
     def images_per_second(self) -> float:
-        """Of this process."""
+        """Throughput of this process."""
         return 1000 * self.images / self.total_ms
 
     def share(self, phase: str) -> float:
-        """Of a step, 0 to 1."""
+        """Share of a phase in the step, 0 to 1."""
         return self.phase_ms.get(phase, 0.0) / self.total_ms
 
     def workers_needed(self) -> int:
-        """Loader processes that would keep up with the steps, each with a core to itself."""
+        """Number of loader processes that keep up with the steps, each with its own core."""
         return math.ceil((self.batch_ms or 0.0) / (self.total_ms - self.phase_ms.get(DATA, 0.0)))
 
 
 def profile_steps(
     cfg: CfgNode, *, steps: int, warmup: int, batches: Iterable[list[Sample]] | None = None
 ) -> StepProfile:
-    """Trains for a few steps and takes their time.
+    """Trains for a few steps and measures them.
 
     Args:
-        cfg: of the training. DATASETS.TRAIN is read unless there are `batches`.
-        steps: timed, at least 1.
-        warmup: steps before; as many more as the loader's processes have prepared meanwhile.
-        batches: to train on instead of the data set, over and over.
+        cfg: the configuration of the run. DATASETS.TRAIN is read unless `batches` are given.
+        steps: number of timed steps, at least 1.
+        warmup: number of steps before; at least as many as batches that the loader's processes have
+            prepared in advance.
+        batches: train on these repeatedly instead of the data set.
 
     Raises:
         ValueError: a configuration that cannot work; the message names the key.
@@ -135,22 +136,22 @@ def profile_steps(
 
 
 class _ProfiledTrainer(Trainer):
-    """A trainer that times its steps, without evaluations, checkpoints and logs in between."""
+    """A trainer that times its steps, without evaluations, checkpoints and logs."""
 
-    batch: list[Sample]  # the latest
+    batch: list[Sample]  # of the latest step
 
     def build_hooks(self) -> list[HookBase | None]:
         return []
 
     def loader(self, num_workers: int) -> Iterable[list[Sample]]:
-        """The training loader with so many processes."""
+        """Builds the training loader with another number of processes."""
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.DATALOADER.NUM_WORKERS = num_workers
         return self.build_train_loader(cfg, self.dataset_dicts, seed=self.seed)
 
     def time_steps(self, steps: int, warmup: int) -> dict[str, float]:
-        """Phase -> milliseconds, mean of `steps` steps after `warmup` others."""
+        """Returns phase -> milliseconds, mean of `steps` steps after `warmup` others."""
         step = self._trainer
         self.timer = PhaseTimer(unwrap(self.model), self.optimizer)
         step.clip = self.timer.as_optimizer(step.clip)
@@ -160,7 +161,7 @@ class _ProfiledTrainer(Trainer):
             self._batches = self._timed(self._batches)
             try:
                 self._run(warmup)
-                # All in one, so that the host may be ahead of the device as it is in training.
+                # In one measurement, so that the host may run ahead of the device as in training.
                 spent = self.timer.measure(lambda: self._run(steps))
             finally:
                 self._batches = None  # stops the loader's processes
@@ -182,11 +183,11 @@ class _ProfiledTrainer(Trainer):
             yield self.batch
 
     def count_host_waits(self) -> dict[str, int]:
-        """Of one more step on the latest batch."""
+        """Counts the host waits of one more step on the latest batch."""
         return host_waits(lambda: self._trainer(self.batch, self.iter))
 
     def time_of_a_batch(self) -> float:
-        """Milliseconds in which this process by itself prepares a batch."""
+        """Milliseconds to prepare a batch in this process."""
         batches = iter(self.loader(0))
         next(batches)  # opens files
         start = time.perf_counter()
@@ -195,7 +196,7 @@ class _ProfiledTrainer(Trainer):
         return 1000 * (time.perf_counter() - start) / BATCHES
 
     def idle_share(self) -> float | None:
-        """Of a forward pass without the matcher: in which the GPU waits for work."""
+        """Share of the forward pass without the matcher in which the GPU is idle."""
         step = self._trainer
         if step.device.type != "cuda":
             return None
@@ -208,34 +209,34 @@ class _ProfiledTrainer(Trainer):
             spent = min((self.timer.measure(forward) for _ in range(3)), key=lambda t: t["total"])
         busy = device_busy_ms(forward)
         if busy == 0:
-            return None  # the profiler saw nothing
+            return None  # the profiler has no access to the device
         return max(0.0, 1 - busy / (spent["total"] - spent.get("matcher", 0.0)))
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
+    """Number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def hints(profile: StepProfile, cfg: CfgNode) -> list[str]:
-    """A sentence for everything that takes more than its share, with the keys that change it."""
-    found = []
+    """Returns a sentence for each value above its threshold, with the keys to change."""
+    sentences = []
     if profile.share(DATA) > DATA_SHARE:
-        found.append(_loader_hint(profile, cfg))
+        sentences.append(_loader_hint(profile, cfg))
     workers = cfg.DATALOADER.NUM_WORKERS
     if profile.batch_ms is not None and workers > profile.cores:
-        found.append(
+        sentences.append(
             f"too many loader processes: DATALOADER.NUM_WORKERS {workers} on {profile.cores} "
-            f"core(s); about {max(1, min(profile.workers_needed(), profile.cores))} will do"
+            f"core(s); about {max(1, min(profile.workers_needed(), profile.cores))} are enough"
         )
     if profile.share("matcher") > MATCHER_SHARE:
-        found.append(
-            f"bound by matching ({profile.share('matcher'):.0%}): " + _matcher_way_out(cfg)
+        sentences.append(
+            f"bound by matching ({profile.share('matcher'):.0%}): " + _matcher_advice(cfg)
         )
     if profile.share(OPTIMIZER) > OPTIMIZER_SHARE:
-        found.append(
+        sentences.append(
             f"the optimizer takes {profile.share(OPTIMIZER):.0%}: more images an update, by "
             f"SOLVER.IMS_PER_BATCH (now {cfg.SOLVER.IMS_PER_BATCH}) or, where memory is short, "
             f"SOLVER.ACCUMULATE_STEPS (now {cfg.SOLVER.ACCUMULATE_STEPS})"
@@ -243,42 +244,42 @@ def hints(profile: StepProfile, cfg: CfgNode) -> list[str]:
     waits = sum(profile.host_waits.values())
     if waits > HOST_WAITS:
         most = sorted(profile.host_waits.items(), key=lambda item: -item[1])[:3]
-        found.append(
+        sentences.append(
             f"the host waits for the device {waits} times a step ({_counts(dict(most))} most often)"
-            + _waits_way_out(cfg)
+            + _waits_advice(cfg)
         )
     if profile.idle_share is not None and profile.idle_share > IDLE_SHARE:
         compiled = "" if cfg.MODEL.COMPILE else "MODEL.COMPILE True, or "
-        found.append(
+        sentences.append(
             f"the GPU is idle for {profile.idle_share:.0%} of the forward pass, waiting for "
             f"kernels to be launched: {compiled}more images at once (SOLVER.IMS_PER_BATCH, now "
             f"{cfg.SOLVER.IMS_PER_BATCH})"
         )
-    return found
+    return sentences
 
 
 def _loader_hint(profile: StepProfile, cfg: CfgNode) -> str:
     workers, needed, cores = cfg.DATALOADER.NUM_WORKERS, profile.workers_needed(), profile.cores
     start = (
         f"bound by the loader ({profile.share(DATA):.0%}): a batch takes {profile.batch_ms:.0f} ms "
-        f"to make, a step without waiting {profile.total_ms - profile.phase_ms[DATA]:.0f} ms; "
+        f"to prepare, a step without waiting {profile.total_ms - profile.phase_ms[DATA]:.0f} ms; "
     )
     cheaper = (
-        "make images cheaper: a faster disk, files no larger than INPUT.MIN_SIZE_TRAIN "
+        "reduce the cost of an image: a faster disk, files no larger than INPUT.MIN_SIZE_TRAIN "
         f"{tuple(cfg.INPUT.MIN_SIZE_TRAIN)} needs, or a smaller such size"
     )
     if needed > cores:
-        return f"{start}{needed} processes would keep up, but there are {cores} core(s): {cheaper}"
+        return f"{start}{needed} processes are needed, but there are {cores} core(s): {cheaper}"
     if workers >= needed:
         return (
-            f"{start}DATALOADER.NUM_WORKERS {workers} would do if each had a core to itself; "
-            f"leave them cores (torch uses {torch.get_num_threads()} threads of {cores} cores), or "
-            f"{cheaper}"
+            f"{start}DATALOADER.NUM_WORKERS {workers} would be enough with a core for each; "
+            f"leave cores to them (torch uses {torch.get_num_threads()} threads of {cores} cores), "
+            f"or {cheaper}"
         )
     return f"{start}set DATALOADER.NUM_WORKERS to about {needed} (now {workers})"
 
 
-def _matcher_way_out(cfg: CfgNode) -> str:
+def _matcher_advice(cfg: CfgNode) -> str:
     queries = (
         "fewer queries (MODEL.PROPOSAL_GENERATOR.NUM_QUERIES, now "
         f"{cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES})"
@@ -295,7 +296,7 @@ def _matcher_way_out(cfg: CfgNode) -> str:
     return queries
 
 
-def _waits_way_out(cfg: CfgNode) -> str:
+def _waits_advice(cfg: CfgNode) -> str:
     if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "AdaptiveSparseAnchors" and not (
         cfg.MODEL.ASAG.PATCH_CAPACITY and cfg.MODEL.ASAG.ANCHOR_CAPACITY
     ):
@@ -304,7 +305,7 @@ def _waits_way_out(cfg: CfgNode) -> str:
 
 
 def render(profile: StepProfile, cfg: CfgNode) -> str:
-    """Table and hints, as people read them."""
+    """Formats the profile and the hints as a table for a terminal."""
     forward = [
         (f"  {name}", profile.phase_ms[p])
         for p, name in COMPONENTS.items()
@@ -324,10 +325,10 @@ def render(profile: StepProfile, cfg: CfgNode) -> str:
     lines = [f"{name:<24}{ms:>12.2f} ms{ms / profile.total_ms:>9.1%}" for name, ms in rows]
     waits = f"{sum(profile.host_waits.values())} a step ({_counts(profile.host_waits) or 'none'})"
     if not cfg.MODEL.DEVICE.startswith("cuda"):
-        waits += "; counted on a CPU, as what would make the host wait for a GPU"
+        waits += "; counted on a CPU, for operations that make the host wait for a GPU"
     lines += [f"{'images a second':<24}{profile.images_per_second:>12.2f}", f"host waits: {waits}"]
-    found = hints(profile, cfg)
-    lines += [f"hint: {text}" for text in found] or ["nothing is out of proportion"]
+    advice = hints(profile, cfg)
+    lines += [f"hint: {text}" for text in advice] or ["no hints"]
     return "\n".join(lines)
 
 

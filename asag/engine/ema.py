@@ -12,25 +12,24 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average w of a model's trainable weights p, one update an optimizer step:
-    w <- d w + (1 - d) p.
+    """Exponential moving average w of a model's trainable weights p: w <- d w + (1 - d) p.
 
-    At update t = 0, 1, ... d is the smaller of `decay` and (1 + t) / (warmup + t), so that the
-    average forgets the random start (and a short training still moves it). Steps that are left out
-    (an overflow in float16, NaN) are no updates, except on CUDA, where a fused optimizer leaves
-    them out unknown to the host: the average then comes closer to the unchanged weights. Frozen
-    weights and buffers (such as a norm's statistics) are not
-    averaged: the model's own belong to the average too.
+    The average is updated after every optimizer step t = 0, 1, ..., with d the smaller of `decay`
+    and (1 + t) / (warmup + t), so that it forgets the random initialization and a short run still
+    changes it. A step skipped for an overflow in float16 is not an update, except with a fused
+    optimizer on CUDA, which skips it on the device: the average then moves toward the unchanged
+    weights. Frozen weights and buffers (such as norm statistics) are not averaged; the average uses
+    the model's own.
 
-    The processes of a distributed training hold equal averages without any communication, because
-    their weights are equal after every step.
+    All processes hold equal averages without communication, because their weights are equal after
+    every step.
     """
 
     def __init__(self, model: nn.Module, *, decay: float, warmup: float = 1.0) -> None:
         """
         Args:
-            model: not wrapped; the average starts from its weights.
-            decay: d in the long run, 0 to 1.
+            model: not wrapped; the average is initialized with its weights.
+            decay: limit of d, 0 to 1.
             warmup: at least 1; 1 uses `decay` from the start.
         """
         self.model = model
@@ -44,32 +43,32 @@ class WeightAverage:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, model: nn.Module) -> WeightAverage | None:
-        """By SOLVER.EMA.*; None if it is switched off."""
+        """Builds the average from SOLVER.EMA.*; None if it is disabled."""
         ema = cfg.SOLVER.EMA
         return cls(model, decay=ema.DECAY, warmup=ema.WARMUP) if ema.ENABLED else None
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Updates the average after every step that the optimizer takes from now on."""
+        """Registers the update as a hook that runs after every step of the optimizer."""
         optimizer.register_step_post_hook(lambda *_: self.update())
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the present weights in, in a few kernels for all of them together."""
+        """Updates the average with the present weights, in a few kernels."""
         decay = min(self.decay, (1 + self.updates) / (self.warmup + self.updates))
         torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Starts anew from the model's present weights."""
+        """Resets the average to the present weights."""
         torch._foreach_copy_(self._averages, self._weights)
         self.updates = 0
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model computes with the average; afterwards it is as it was.
+        """Replaces the model's weights by the average within a block.
 
-        Nothing is copied: weights and averages exchange their storage. Not to be nested.
+        Weights and averages exchange their storage, so nothing is copied. Must not be nested.
         """
         self._exchange()
         try:
@@ -82,24 +81,23 @@ class WeightAverage:
             weight.data, self._averages[i] = self._averages[i], weight.data
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The model's whole `state_dict` with averaged weights; any loader of weights can read
-        it."""
+        """Returns the whole `state_dict` of the model with averaged weights."""
         with self.applied():
             return self.model.state_dict()  # its tensors stay with the averages' storage
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over the averages in `state`; the count of updates is the caller's.
+        """Loads the averages; the caller restores the number of updates.
 
         Raises:
             ValueError: an average is missing or has another shape.
         """
         for name, average in zip(self._names, self._averages, strict=True):
-            found = state.get(name)
-            if found is None or found.shape != average.shape:
-                shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+            loaded = state.get(name)
+            if loaded is None or loaded.shape != average.shape:
+                shape = "missing" if loaded is None else f"of shape {tuple(loaded.shape)}"
                 raise ValueError(
                     f"averaged weight {name} is {shape} in the checkpoint, the model's has shape "
                     f"{tuple(average.shape)}; it was written for another model"
                 )
-            average.copy_(found)
+            average.copy_(loaded)

@@ -1,4 +1,4 @@
-"""Memory: the largest step tried out before the training, and advice where it is not enough."""
+"""Memory check before training, and advice when memory runs out."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 
 
 class NotEnoughMemoryError(RuntimeError):
-    """The memory is not enough; the message says which keys to change."""
+    """Memory ran out; the message names the keys to change."""
 
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """The most that a forward and backward pass of one process may have to hold.
+    """Size of the largest batch in one forward and backward pass of a process.
 
     Attributes:
-        images: of one pass.
-        height, width: of the batch's canvas, pixels.
-        objects: of the fullest image.
+        images: number of images in one pass.
+        height, width: padded size of the batch, pixels.
+        objects: largest number of objects in an image.
     """
 
     images: int
@@ -51,14 +51,14 @@ class LargestBatch:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, dataset_dicts: Sequence[Mapping[str, Any]]) -> LargestBatch:
-        """By INPUT.*, SOLVER.IMS_PER_BATCH, SOLVER.ACCUMULATE_STEPS and the training images."""
+        """Computes it from INPUT.*, SOLVER.{IMS_PER_BATCH, ACCUMULATE_STEPS} and the images."""
         images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() // cfg.SOLVER.ACCUMULATE_STEPS
         height, width = largest_canvas(cfg, dataset_dicts, images)
         objects = max((_count_objects(x) for x in dataset_dicts), default=0)
         return cls(images, height, width, objects)
 
     def samples(self, num_classes: int) -> list[dict[str, Any]]:
-        """Images of noise, and boxes spread over them."""
+        """Creates images of noise with random boxes."""
         generator = torch.Generator().manual_seed(0)
         shape = (3, self.height, self.width)
         return [
@@ -88,10 +88,10 @@ class LargestBatch:
 def largest_canvas(
     cfg: CfgNode, dataset_dicts: Sequence[Mapping[str, Any]], images: int
 ) -> tuple[int, int]:
-    """Height and width of the largest batch that INPUT.* can make of the training images.
+    """Height and width of the largest padded batch that INPUT.* can produce from the images.
 
-    A batch of images of both orientations, which random crops and DATALOADER.ASPECT_RATIO_GROUPING
-    False permit, is as high as the highest and as wide as the widest.
+    With random crops, or with DATALOADER.ASPECT_RATIO_GROUPING False, a batch may contain images of
+    both orientations; it is then as high as the highest and as wide as the widest.
     """
     crop = cfg.INPUT.CROP
     short, limit = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
@@ -113,13 +113,13 @@ def largest_canvas(
 
 
 def memory_check(cfg: CfgNode, step: TrainStep, dataset_dicts: Sequence[Mapping[str, Any]]) -> None:
-    """Tries the largest step out and logs what it takes, if SOLVER.MEMORY_CHECK asks for it.
+    """Runs the largest step and logs its memory, as SOLVER.MEMORY_CHECK says.
 
-    Forward and backward pass only: weights, statistics, counters and random numbers of the training
-    are as if it had not been. What the optimizer will hold is set aside meanwhile.
+    Only forward and backward pass are run: weights, statistics, counters and random numbers do not
+    change. The memory of the optimizer state is reserved meanwhile.
 
     Raises:
-        NotEnoughMemoryError: see its message.
+        NotEnoughMemoryError: the largest step does not fit.
         ValueError: an unknown SOLVER.MEMORY_CHECK.
     """
     mode, cuda = cfg.SOLVER.MEMORY_CHECK, step.device.type == "cuda"
@@ -128,19 +128,19 @@ def memory_check(cfg: CfgNode, step: TrainStep, dataset_dicts: Sequence[Mapping[
         return
     largest = LargestBatch.from_config(cfg, dataset_dicts)
     what = f"the largest step, {largest}"
-    more = "SOLVER.MEMORY_CHECK never trains without having tried it"
+    more = "SOLVER.MEMORY_CHECK never trains without this check"
     with memory_advice(cfg, what, more), _peak(step.device) as peak:
         dry_step(step, largest.samples(cfg.MODEL.ROI_HEADS.NUM_CLASSES))
     logger.info(f"memory: {what}, {peak[0]}")
 
 
 def dry_step(step: TrainStep, samples: Sequence[dict[str, Any]]) -> None:
-    """Forward and backward pass of one part of a step, without a trace."""
+    """Runs forward and backward pass of one micro-batch and restores all state."""
     model = unwrap(step.model)
     model.train()
     step.optimizer.zero_grad(set_to_none=True)
     try:
-        # The scalars of this pass go into a storage of their own, which is thrown away.
+        # The scalars of this pass go into a storage of their own, which is discarded.
         with preserved_rng(), preserved_buffers(model), EventStorage(), watch_predictions(model):
             reserved = _reserve(step)
             with torch.autocast(step.device.type, step.amp_dtype, enabled=bool(step.amp_dtype)):
@@ -152,8 +152,11 @@ def dry_step(step: TrainStep, samples: Sequence[dict[str, Any]]) -> None:
 
 
 def _reserve(step: TrainStep) -> list[Tensor]:
-    """As much memory as the optimizer will keep, and with accumulation also the gradients, which
-    are there already when the next part's forward pass runs."""
+    """Allocates as much memory as the optimizer state.
+
+    With accumulation the gradients are added: they exist already during the forward pass of the
+    next micro-batch.
+    """
     copies = int(step.accumulate_steps > 1)
     if not step.optimizer.state:
         copies += 2 if isinstance(step.optimizer, torch.optim.AdamW) else 1
@@ -167,25 +170,25 @@ def _reserve(step: TrainStep) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[list[str]]:
-    """Puts what the block took, in words, into the list that it yields."""
-    found: list[str] = []
+    """Yields a list that receives the peak memory of the block, in words."""
+    peaks: list[str] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield found
+        yield peaks
         peak = torch.cuda.max_memory_allocated(device) / GIB
         whole = torch.cuda.get_device_properties(device).total_memory / GIB
-        found.append(f"takes {peak:.1f} of {whole:.1f} GiB")
+        peaks.append(f"takes {peak:.1f} of {whole:.1f} GiB")
         torch.cuda.reset_peak_memory_stats(device)
     else:
         before = _resident_peak()
-        yield found
+        yield peaks
         after = _resident_peak()
         more = (after - before) / GIB
-        found.append(f"takes {after / GIB:.2f} GiB, {more:.2f} more than all before")
+        peaks.append(f"takes {after / GIB:.2f} GiB, {more:.2f} more than before")
 
 
 def _resident_peak() -> float:
-    """Most bytes of physical memory that this process ever held; NaN where that is not told."""
+    """Peak physical memory of this process in bytes; NaN where the system does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -197,12 +200,12 @@ def _resident_peak() -> float:
 
 @contextlib.contextmanager
 def memory_advice(cfg: CfgNode, what: str, more: str = "") -> Iterator[None]:
-    """Turns a lack of memory inside of the block into advice.
+    """Converts out-of-memory errors of a block into an error with advice.
 
     Args:
-        cfg: of the training.
-        what: took too much.
-        more: a sentence for the end.
+        cfg: the configuration of the run.
+        what: describes the block.
+        more: a sentence for the end of the message.
 
     Raises:
         NotEnoughMemoryError: in place of torch's errors.
@@ -220,18 +223,18 @@ def memory_advice(cfg: CfgNode, what: str, more: str = "") -> Iterator[None]:
 
 
 def advice(cfg: CfgNode) -> list[str]:
-    """Lines with the keys that save memory, their values, and what to set."""
+    """Lines with the keys that reduce memory, their values, and what to set."""
     solver, model = cfg.SOLVER, cfg.MODEL
     parts = solver.ACCUMULATE_STEPS
     cuda = model.DEVICE.startswith("cuda")
     lines = []
     if parts * comm.get_world_size() < solver.IMS_PER_BATCH:
         lines.append(
-            f"SOLVER.ACCUMULATE_STEPS {parts}: raise it; the batch stays and is worked on in parts"
+            f"SOLVER.ACCUMULATE_STEPS {parts}: raise it; the batch stays and is processed in parts"
         )
         lines.append(f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH}: lower it")
     if not model.ACTIVATION_CHECKPOINTING:
-        lines.append("MODEL.ACTIVATION_CHECKPOINTING False: True computes twice instead of keeping")
+        lines.append("MODEL.ACTIVATION_CHECKPOINTING False: True recomputes most activations")
     if not solver.AMP.ENABLED:
         kind = "" if cuda else " with SOLVER.AMP.DTYPE bfloat16"
         lines.append(f"SOLVER.AMP.ENABLED False: True{kind} halves most activations")
@@ -245,14 +248,14 @@ def advice(cfg: CfgNode) -> list[str]:
 
 
 def describe_batch(batch: Sequence[Mapping[str, Any]]) -> str:
-    """Size of a training batch in words."""
+    """Describes the size of a training batch."""
     height, width = (max((x["image"].shape[i] for x in batch), default=0) for i in (-2, -1))
     objects = max((len(x["instances"]) for x in batch if "instances" in x), default=0)
     return f"{len(batch)} image(s) of up to {width} x {height} pixels and {objects} object(s)"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch, on any device, or of Python means a lack of memory."""
+    """Returns True for out-of-memory errors of torch, on any device, and of Python."""
     text = str(error).lower()
     return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or (
         isinstance(error, RuntimeError)
@@ -263,7 +266,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _resize(height: int, width: int, short: int, limit: int) -> tuple[int, int]:
-    """As `ResizeShortestEdge`."""
+    """Size after `ResizeShortestEdge`."""
     scale = short / min(height, width)
     if scale * max(height, width) > limit:
         scale = limit / max(height, width)

@@ -1,8 +1,8 @@
 """Optimizers with one parameter group per distinct (learning rate, weight decay), and gradient
 clipping.
 
-A group per parameter, as Detectron2 builds them, costs one kernel launch per parameter and step;
-merged groups let the fused and foreach implementations do their work.
+One group per parameter, as Detectron2 builds them, costs a kernel launch per parameter and step;
+merged groups are updated by the fused and foreach implementations in a few launches.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from ..modeling.registry import check_choice
 
 Clipper = Callable[[Sequence[nn.Parameter]], Tensor]
-"""Changes gradients in place and returns the norm that they had together."""
+"""Changes gradients in place and returns the total norm that they had before."""
 
-# Detectron2 keeps a feature pyramid inside of the backbone module, but no author of this family
-# counts it as backbone when it comes to learning rates.
+# Detectron2 keeps the feature pyramid inside of the backbone module, but the published recipes of
+# this family do not train it with the backbone's learning rate.
 BACKBONE_PREFIX, PYRAMID_PREFIX = "backbone.", "backbone.fpn_"
 
 
@@ -31,10 +31,10 @@ def parameter_groups(
     weight_decay: float,
     backbone_multiplier: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Groups trainable parameters by learning rate; frozen ones and repetitions are left out.
+    """Groups trainable parameters by learning rate; frozen and repeated ones are skipped.
 
-    The weight decay holds for every parameter, norms, biases and embeddings included, as in the
-    code of all authors of this family. Detectron2's SOLVER.WEIGHT_DECAY_NORM,
+    The weight decay applies to every parameter, norms, biases and embeddings included, as in the
+    official implementations of this family. Detectron2's SOLVER.WEIGHT_DECAY_NORM,
     SOLVER.WEIGHT_DECAY_BIAS and SOLVER.BIAS_LR_FACTOR are therefore not read.
 
     Args:
@@ -73,7 +73,7 @@ def build_optimizer(
         cfg: SOLVER.{OPTIMIZER, BASE_LR, BACKBONE_MULTIPLIER, WEIGHT_DECAY, CLIP_GRADIENTS}.
         model: the detector, not wrapped.
         clip_in_step: clip the gradients at the start of every `step()`, as any training loop needs
-            it; False leaves clipping to the caller (`build_clipper`).
+            it; False: the caller clips (`build_clipper`).
 
     Raises:
         ValueError: an unknown SOLVER.OPTIMIZER, or a model without trainable parameters.
@@ -97,8 +97,8 @@ def build_optimizer(
             clip(parameters)
 
         optimizer.register_step_pre_hook(clip_gradients)
-        # GradScaler leaves it to a fused optimizer to unscale the gradients inside of its kernel,
-        # which is after the clipping; without this mark it unscales them first.
+        # GradScaler lets a fused optimizer unscale the gradients in its kernel, which is after the
+        # clipping; without this attribute it unscales them first.
         optimizer._step_supports_amp_scaling = False
     return optimizer
 
@@ -131,9 +131,9 @@ def gradient_norm(parameters: Sequence[nn.Parameter], norm_type: float = 2.0) ->
 def build_clipper(cfg: CfgNode) -> Clipper | None:
     """Builds the gradient clipping of SOLVER.CLIP_GRADIENTS.*.
 
-    With FULL_MODEL (the default, and what all authors of this family do), all gradients are scaled
-    together so that their norm is at most CLIP_VALUE. Without it, CLIP_TYPE means what it means in
-    Detectron2: "norm" clips the norm of each parameter by itself, "value" clamps every element.
+    With FULL_MODEL (the default, as in the official implementations of this family) all gradients
+    are scaled together so that their norm is at most CLIP_VALUE. Without it, CLIP_TYPE has the
+    meaning of Detectron2: "norm" clips the norm of each parameter, "value" clamps every element.
 
     Returns:
         None if CLIP_GRADIENTS.ENABLED is False.

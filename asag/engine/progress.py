@@ -1,7 +1,7 @@
-"""Progress bars on a terminal; where there is none, nothing.
+"""Progress bars on a terminal.
 
-Log lines keep their place: while a bar is shown, those for the terminal are written above it. Files
-of logs never see a bar.
+While a bar is shown, log lines for the terminal are written above it. Log files contain no bars,
+and without a terminal none are shown.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .writers import WINDOW, time_left
 
-REFRESH = 0.2  # seconds between two looks of a bar
+REFRESH = 0.2  # seconds between two updates of a bar
 LAYOUT = "{desc} {n_fmt}/{total_fmt} |{bar}| {percentage:3.0f}%{postfix}"
 
 
 def on_terminal() -> bool:
-    """Whether bars are shown: on the main process, when stdout is a terminal of known size that can
-    redraw a line (TERM is not "dumb") and the environment variable NO_COLOR is empty."""
+    """Returns True if bars are shown.
+
+    They are shown in the main process if stdout is a terminal of known size that can redraw a line
+    (TERM is not "dumb") and the environment variable NO_COLOR is empty.
+    """
     if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
     try:
@@ -39,15 +42,15 @@ def on_terminal() -> bool:
 
 @contextlib.contextmanager
 def progress_bar(name: str, *, total: int, initial: int = 0) -> Iterator[tqdm]:
-    """A bar below the log lines, which vanishes in the end.
+    """Shows a bar below the log lines, which disappears at the end of the block.
 
     Args:
-        name: what is going on.
-        total: steps.
-        initial: steps that are done.
+        name: label of the bar.
+        total: number of steps.
+        initial: number of steps already done.
     """
     with (
-        logging_redirect_tqdm(_loggers_of_the_console()),
+        logging_redirect_tqdm(_console_loggers()),
         tqdm(
             total=total,
             initial=initial,
@@ -62,8 +65,8 @@ def progress_bar(name: str, *, total: int, initial: int = 0) -> Iterator[tqdm]:
         yield bar
 
 
-def _loggers_of_the_console() -> list[logging.Logger]:
-    """Those that write to the terminal by themselves."""
+def _console_loggers() -> list[logging.Logger]:
+    """Loggers with a handler of their own for stdout or stderr."""
     known = [logging.getLogger(), *logging.Logger.manager.loggerDict.values()]
     return [
         logger
@@ -74,7 +77,7 @@ def _loggers_of_the_console() -> list[logging.Logger]:
 
 
 class TrainingProgress(HookBase):
-    """A bar with iteration, loss, box AP of the latest evaluation and the time to go."""
+    """Shows a bar with iteration, loss, box AP of the latest evaluation and remaining time."""
 
     def __init__(self) -> None:
         self._shown = contextlib.ExitStack()
@@ -82,7 +85,7 @@ class TrainingProgress(HookBase):
 
     @classmethod
     def if_on_terminal(cls) -> TrainingProgress | None:
-        """None where no bar can be shown."""
+        """Builds the hook; None where no bar is shown."""
         return cls() if on_terminal() else None
 
     def before_train(self) -> None:
@@ -105,7 +108,7 @@ class TrainingProgress(HookBase):
         parts = []
         if "total_loss" in histories:
             parts.append(f"loss {histories['total_loss'].median(WINDOW):.4g}")
-        # With several data sets, the name of the first stands in front.
+        # With several data sets, the keys start with their names.
         aps = [history for name, history in histories.items() if name.endswith("bbox/AP")]
         if aps:
             parts.append(f"AP {aps[0].latest():.1f}")
@@ -116,7 +119,7 @@ class TrainingProgress(HookBase):
 
 
 class WatchedLoader:
-    """A loader of known length that shows how far it has been read; otherwise the loader itself."""
+    """Wraps a loader of known length and shows a bar while it is read."""
 
     def __init__(self, loader: Any, name: str) -> None:
         self._loader = loader
@@ -136,10 +139,10 @@ class WatchedLoader:
 
 
 def watched(loader: Any, name: str = "evaluate") -> Any:
-    """The loader, with a bar where there is a terminal.
+    """Returns the loader, wrapped in a `WatchedLoader` if bars are shown.
 
     Args:
         loader: iterable with a length.
-        name: what it is read for.
+        name: label of the bar.
     """
     return WatchedLoader(loader, name) if on_terminal() else loader

@@ -1,4 +1,4 @@
-"""States of the random number generators of a process."""
+"""Random number generator states of a process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """States of `random`, `numpy.random`, torch and its CUDA devices.
+    """Returns the states of `random`, `numpy.random`, torch and its CUDA devices.
 
-    Holds plain numbers and tensors only, so that `torch.load` reads it with `weights_only=True`.
+    The result holds plain numbers and tensors only; `torch.load` reads it with
+    `weights_only=True`.
     """
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
@@ -26,7 +27,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` returned; CUDA only if the number of devices is the same."""
+    """Restores the result of `rng_state`; CUDA only if the number of devices is the same."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -38,7 +39,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Runs a block without a trace in the generators: evaluation must not change the training."""
+    """Restores the generators after a block, so that an evaluation does not affect training."""
     state = rng_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""From a recipe in epochs to iterations, for any batch and any size of data set.
+"""Training schedule: converts a recipe in epochs to iterations, for any batch and data set size.
 
 An epoch is one pass over the training images, an iteration one optimizer step of
 SOLVER.IMS_PER_BATCH images (all processes and accumulated micro-batches together).
@@ -14,26 +14,26 @@ from detectron2.config import CfgNode
 
 from ..modeling.registry import check_choice
 
-# A learning rate per image this many times the recipe's is almost always a mistake.
+# A learning rate per image above this multiple of the recipe's is almost always a mistake.
 SUSPICIOUS_RATIO = 10.0
-# Warm-up takes at most this share of a training.
+# Largest share of a run that warm-up may take.
 MAX_WARMUP_SHARE = 0.25
 SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR")
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a training will do.
+    """Resolved schedule of a run.
 
     Attributes:
         images: size of the training set.
         batch: images of one iteration.
-        iterations: length of the training.
+        iterations: length of the run.
         steps: iterations at which the learning rate drops by SOLVER.GAMMA.
         base_lr: learning rate after scaling.
         warmup_iters: iterations of warm-up.
-        notes: what was changed on the way, one sentence each.
-        warnings: what looks like a mistake, one sentence each.
+        notes: changes to the configured values, one sentence each.
+        warnings: likely mistakes, one sentence each.
     """
 
     images: int
@@ -47,11 +47,11 @@ class Schedule:
 
     @property
     def epochs(self) -> float:
-        """Passes over the training set."""
+        """Number of passes over the training set."""
         return self.iterations * self.batch / self.images
 
     def summary(self) -> str:
-        """The schedule as text for a terminal or a log."""
+        """Formats the schedule for a terminal or log."""
         drops = ", ".join(map(str, self.steps)) or "never"
         lines = [
             f"schedule: {self.images} images, batch {self.batch}, {self.iterations} iterations "
@@ -67,24 +67,24 @@ class Schedule:
 def resolve_schedule(
     cfg: CfgNode, num_images: int, *, recipe: CfgNode | None = None
 ) -> tuple[CfgNode, Schedule]:
-    """Turns epochs into iterations and scales the learning rate; resolving twice changes nothing.
+    """Converts epochs to iterations and scales the learning rate; idempotent.
 
-    SOLVER.EPOCHS and EPOCH_STEPS become MAX_ITER and STEPS (EPOCHS of 0 takes those as they
-    stand), SOLVER.SCALE_LR adapts BASE_LR from REFERENCE_BATCH to IMS_PER_BATCH. The warm-up stays
-    a number of iterations, because the optimizer's moment estimates need steps rather than images;
-    it is shortened to a quarter of a training that is too short for it.
+    SOLVER.EPOCHS and EPOCH_STEPS become MAX_ITER and STEPS (with EPOCHS 0 those are used
+    unchanged), SOLVER.SCALE_LR adapts BASE_LR from REFERENCE_BATCH to IMS_PER_BATCH. The warm-up
+    remains a number of iterations, because the optimizer's moment estimates need steps rather than
+    images; it is shortened to at most a quarter of the run.
 
     Args:
         cfg: not changed.
         num_images: images of the training set.
-        recipe: the configuration file as it stands, to warn when the learning rate per image is far
-            above its; None compares with `cfg` before scaling.
+        recipe: the configuration file without overrides, to warn if the learning rate per image is
+            far above the recipe's; None compares with `cfg` before scaling.
 
     Returns:
-        The resolved configuration (frozen if `cfg` was) and what came out.
+        The resolved configuration (frozen if `cfg` was) and the schedule.
 
     Raises:
-        ValueError: names the key that is wrong and what it may be.
+        ValueError: names the key with a wrong value and the allowed values.
     """
     if num_images < 1:
         raise ValueError(f"DATASETS.TRAIN = {tuple(cfg.DATASETS.TRAIN)}: no images to train on")
@@ -111,7 +111,7 @@ def resolve_schedule(
         steps = tuple(round(epoch * per_epoch) for epoch in solver.EPOCH_STEPS)
     reachable = tuple(sorted({step for step in steps if 0 < step < iterations}))
     if reachable != steps:
-        notes.append(f"of the drops at {steps}, only {reachable} fall into the training")
+        notes.append(f"of the drops at {steps}, only {reachable} are within the run")
     warmup = min(solver.WARMUP_ITERS, int(MAX_WARMUP_SHARE * iterations))
     if warmup < solver.WARMUP_ITERS:
         notes.append(f"warm-up shortened from {solver.WARMUP_ITERS} to {warmup} iterations")
@@ -130,7 +130,11 @@ def resolve_schedule(
 
 
 def check_solver(cfg: CfgNode) -> None:
-    """Raises ValueError that names the first of the schedule's keys with an impossible value."""
+    """Checks the keys of the schedule.
+
+    Raises:
+        ValueError: names the first key with an impossible value and the allowed values.
+    """
     s = cfg.SOLVER
     check_choice("SOLVER.SCALE_LR", s.SCALE_LR, ("none", "linear", "sqrt"))
     check_choice("SOLVER.LR_SCHEDULER_NAME", s.LR_SCHEDULER_NAME, SCHEDULERS)
@@ -166,9 +170,9 @@ def _lr_factor(solver: CfgNode) -> float:
 
 
 def _warnings(base_lr: float, solver: CfgNode, recipe: CfgNode) -> tuple[str, ...]:
-    """Compares the learning rate per image with the recipe's."""
+    """Warns if the learning rate per image is far above the recipe's."""
     if solver.OPTIMIZER != recipe.OPTIMIZER:
-        return ()  # rates of different optimizers have nothing in common
+        return ()  # learning rates of different optimizers are not comparable
     ratio = (base_lr / solver.IMS_PER_BATCH) / (recipe.BASE_LR / recipe.REFERENCE_BATCH)
     if ratio <= SUSPICIOUS_RATIO:
         return ()

@@ -99,7 +99,7 @@ class TrainStep:
         return logged
 
     def backward(self, batch: Sequence[Sample]) -> dict[str, Tensor]:
-        """Adds the gradients of a batch to the present ones; returns its losses and `total_loss`."""
+        """Accumulates the gradients of a batch and returns its losses and `total_loss`."""
         parts = split_batch(batch, self.accumulate_steps)
         weights = object_shares(parts, self.device) if len(parts) > 1 else None
         logged: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Losses on a validation set, measured without a trace in the model or the training.
+"""Losses on a validation set.
 
 B images of a batch.
 """
@@ -25,26 +25,26 @@ from .non_finite import watch_predictions
 from .rng import preserved_rng
 from .step import amp_dtype
 
-# Modules that compute losses in training mode only. What is inside them, and everything else, stays
-# in evaluation mode: no dropout, norms with the statistics that inference uses.
-LOSS_ROOMS = ("", "proposal_generator", "proposal_generator.rpn", "roi_heads")
-SEED = 0  # of models that draw noise or samples, so that evaluations differ by the weights only
+# Modules that compute losses in training mode only. Their submodules, and everything else, stay in
+# evaluation mode: no dropout, norms with the statistics that inference uses.
+LOSS_MODULES = ("", "proposal_generator", "proposal_generator.rpn", "roi_heads")
+SEED = 0  # of models that draw noise or samples: evaluations differ by the weights only
 
 
 def validation_losses(
     cfg: CfgNode, model: nn.Module, dataset_dicts: Sequence[dict[str, Any]] | None = None
 ) -> dict[str, float]:
-    """The training's losses on images that are prepared as for testing.
+    """Computes the training losses on images that are prepared as for testing.
 
-    Batches count by their objects: a loss that is normalized by objects comes out as if all images
-    were one batch, whatever the batch size and the number of processes. (Others become that
-    weighted mean over the batches.) Every process must call it.
+    Batches are weighted by their objects: a loss normalized by objects has the value that it would
+    have for all images in one batch, for any batch size and number of processes. (Other losses
+    become the same weighted mean over the batches.) Every process must call it.
 
     Args:
-        cfg: DATASETS.TEST (the first), INPUT.*, SOLVER.AMP.*, and for the size of a batch what a
-            process has in memory while training.
-        model: the detector, not wrapped. Weights, buffers and modes are afterwards as before, and
-            so are the random numbers.
+        cfg: DATASETS.TEST (the first), INPUT.*, SOLVER.AMP.*; a batch has the size of a
+            micro-batch in training.
+        model: the detector, not wrapped. Weights, buffers and modes are restored, as are the
+            random number generators.
         dataset_dicts: images; default: the first data set of DATASETS.TEST.
 
     Returns:
@@ -78,15 +78,18 @@ def validation_losses(
     total = torch.stack(sums).sum(dim=0)
     if comm.get_world_size() > 1:
         torch.distributed.all_reduce(total)
-    _, *found = (total / total[0].clamp(min=1)).tolist()
-    named = dict(zip(losses, found, strict=True))
-    return named | {"total_loss": sum(found)}
+    _, *means = (total / total[0].clamp(min=1)).tolist()
+    named = dict(zip(losses, means, strict=True))
+    return named | {"total_loss": sum(means)}
 
 
 @contextlib.contextmanager
 def loss_mode(model: nn.Module) -> Iterator[Any]:
-    """Puts a model into the state in which it gives losses as inference would see them; yields a
-    function that undoes what a pass did to buffers, such as counters of steps."""
+    """Switches a model to return losses, with everything else in evaluation mode.
+
+    Yields:
+        A function that restores the buffers, such as counters of steps, after a forward pass.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = list(model.buffers())
     saved = [x.clone() for x in buffers]
@@ -96,7 +99,7 @@ def loss_mode(model: nn.Module) -> Iterator[Any]:
             buffer.copy_(value)
 
     model.eval()
-    for path in LOSS_ROOMS:
+    for path in LOSS_MODULES:
         with contextlib.suppress(AttributeError):
             model.get_submodule(path).training = True
     try:
@@ -111,10 +114,10 @@ def loss_mode(model: nn.Module) -> Iterator[Any]:
 def _batches(
     cfg: CfgNode, dataset_dicts: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """This process's batches, and whether each counts.
+    """Yields the batches of this process, and True for each that counts.
 
-    Criteria talk to the other processes, so all of them need equally many batches: where one has
-    nothing left it gets a batch again that does not count.
+    Criteria communicate with the other processes, so all of them need the same number of batches: a
+    process that has none left repeats a batch that does not count.
     """
     world, rank = comm.get_world_size(), comm.get_rank()
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // (world * cfg.SOLVER.ACCUMULATE_STEPS))
