@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from asag.diagnostics import profiling
 from asag.diagnostics.profiling import PhaseTimer, host_waits, resident_bytes, saved_bytes
-from asag.engine import profiling
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from engine_support import CONFIG, register_tiny_shapes, tiny_cfg, tiny_options
 
+from asag.diagnostics import step_profile
 from asag.diagnostics.profiling import PhaseTimer, device_busy_ms
 from asag.diagnostics.step_profile import StepProfile, hints, profile_steps, render
-from asag.engine import step_profile, trainer
+from asag.engine import trainer
 from asag.modeling.matching import HungarianMatcher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))

@@ -228,8 +228,9 @@ def test_another_outcome_is_said(tmp_path):
 
 
 def as_on_a_gpu(trainer: Trainer, monkeypatch) -> None:
-    """The host learns late, and the optimizer decides on the device."""
+    """The host reads results late and logs rarely, and the optimizer decides on the device."""
     trainer._trainer.guard.late = True
+    monkeypatch.setattr(Trainer, "_on_cpu", False)
     monkeypatch.setattr(asag.engine.step, "update_unless", update_on_device)
 
 
@@ -251,7 +252,7 @@ def test_a_bad_step_does_not_reach_the_weights(tmp_path, change, late, monkeypat
         trainer.train()
     assert not (tmp_path / "bad" / "last_checkpoint").exists()
     assert torch.equal(weights(trainer.model), weights(healthy.model))
-    assert losses(trainer)[:BAD] == losses(healthy)
+    assert late or losses(trainer)[:BAD] == losses(healthy)
     state = load_step(only_file(tmp_path / "bad"))
     for name, value in healthy.model.state_dict().items():
         assert torch.equal(state["model"][name], value), name
