@@ -18,6 +18,7 @@ from test_activation_checkpointing import FAMILIES, make_batch, make_model
 from torch import nn
 
 import asag.engine.step
+from asag.diagnostics.profiling import host_waits
 from asag.diagnostics.replay import _Trace, load_step, replay, report
 from asag.engine import NonFiniteLossError, Trainer
 from asag.engine.launch import launch
@@ -342,6 +343,16 @@ def test_loss_scaler(tmp_path):
     with pytest.raises(NonFiniteLossError, match=r"iteration 7: loss_line = inf"):
         step([{"slope": 0.5, "offset": math.inf}], iteration=7)
     assert model.weight.tolist() == [0.5, 0.5] and only_file(tmp_path)
+
+
+def test_the_host_does_not_wait_for_the_result_of_a_step(monkeypatch):
+    model = Line()
+    step = TrainStep(model, torch.optim.AdamW(model.parameters(), fused=True))
+    batch = [{"slope": 0.5, "offset": 0.0}]
+    assert host_waits(lambda: step(batch)), "on a CPU it reads the result at once"
+    step.guard.late = True
+    monkeypatch.setattr(asag.engine.step, "update_unless", update_on_device)
+    assert host_waits(lambda: step(batch)) == {}
 
 
 def test_a_step_without_a_folder_writes_no_file(tmp_path, monkeypatch):

@@ -180,14 +180,14 @@ def _peak(device: torch.device) -> Iterator[list[str]]:
         peaks.append(f"takes {peak:.1f} of {whole:.1f} GiB")
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        before = _resident_peak()
+        before = resident_peak()
         yield peaks
-        after = _resident_peak()
+        after = resident_peak()
         more = (after - before) / GIB
         peaks.append(f"takes {after / GIB:.2f} GiB, {more:.2f} more than before")
 
 
-def _resident_peak() -> float:
+def resident_peak() -> float:
     """Peak physical memory of this process in bytes; NaN where the system does not report it."""
     try:
         import resource

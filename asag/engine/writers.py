@@ -28,6 +28,7 @@ from detectron2.utils.events import (
 from fvcore.common.history_buffer import HistoryBuffer
 
 from ..files import atomic_writer
+from .memory import GIB, resident_peak
 
 # Losses of earlier stages end with a digit; those of the last stage and the generator do not.
 EARLIER_STAGE = re.compile(r"_\d+$")
@@ -104,13 +105,8 @@ def time_left(histories: Mapping[str, HistoryBuffer], iterations: int) -> dateti
 def peak_memory_gib() -> float:
     """Peak memory so far: of the CUDA device if one is in use, else of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+        return torch.cuda.max_memory_allocated() / GIB
+    return resident_peak() / GIB
 
 
 def import_wandb(project: str) -> ModuleType:
