@@ -23,8 +23,7 @@ from pycocotools.cocoeval import COCOeval
 
 from asag.config.loading import differences
 from asag.data import SparseDetectionMapper
-from asag.engine import reporting
-from asag.report import REPORT_FILE, Run, RunFolderError, RunRecord, write_report
+from asag.report import REPORT_FILE, Run, RunFolderError, RunRecord, record, write_report
 from asag.report.accuracy import AREAS, coco_accuracy
 from asag.report.annotations import DatasetSummary, GroundTruth
 from asag.report.charts import Line, line_chart, thinned
@@ -369,7 +368,7 @@ def test_data_set_of_another_evaluator_shows_its_metrics(tmp_path):
 
 
 def test_a_report_that_fails_does_not_fail_the_training(tmp_path, caplog):
-    with caplog.at_level(logging.ERROR, logger=reporting.__name__):
+    with caplog.at_level(logging.ERROR, logger=record.__name__):
         assert report_training(tiny_cfg(tmp_path), torch.nn.Identity(), []) is None
     assert str(tmp_path / REPORT_FILE) in caplog.text
     assert "metrics.json" in caplog.text
