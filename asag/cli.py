@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 _PACKAGE = Path(__file__).resolve().parent
 # A checkout has the commands beside the package; an installed package holds copies of them.
@@ -50,7 +51,7 @@ def usage() -> str:
     return "\n".join(["usage: asag COMMAND ...", "", *lines, "", "asag COMMAND --help says more."])
 
 
-def load_command(file: str):
+def load_command(file: str) -> ModuleType:
     """Imports a command by its file in the repository.
 
     The folder goes on the import path, so that spawned processes find the module as well.
