@@ -56,6 +56,7 @@ setup(
         "termcolor>=1.1",
         "tabulate>=0.8",
         "safetensors>=0.4",
+        "pyyaml>=5.1",
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],

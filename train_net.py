@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from asag.engine.defaults import (
     choose_device,
     configure,
     default_setup,
+    is_first_process,
     register_data,
     report_error,
     use_data,
@@ -59,7 +59,7 @@ EPILOG = f"""
 
 Examples:
   train_net.py                                         a small detector on generated images
-  train_net.py --data DIR                              ... on your images, in COCO format
+  train_net.py --data DIR                              ... on your images: COCO, VOC or YOLO
   train_net.py --config-file FILE --num-gpus 8         a recipe, on eight GPUs
   train_net.py --data DIR --overfit-check              can it overfit four of them?
   train_net.py --data DIR MODEL.WEIGHTS model.pth      fine-tune a trained detector
@@ -188,12 +188,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(args: argparse.Namespace) -> int:
     """Prepares configuration, device and data, and launches the processes."""
-    say = first_process_printer()
+    say = print if is_first_process() else lambda *_: None
     try:
         cfg, recipe = configure(args)
         check_config(cfg)
         cuda = choose_device(cfg, args.num_gpus, say)
-        registered = register_data(args, cfg.OUTPUT_DIR)
+        registered = register_data(args, cfg)
         if registered is not None:
             for report in registered.reports:
                 say(report.table())
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> int:
     """Trains or evaluates in one process; returns the exit code, see `main`."""
     try:
         if comm.get_world_size() > 1 and not started_by_torchrun():
-            register_data(args, cfg.OUTPUT_DIR)  # a spawned process starts with empty catalogs
+            register_data(args, cfg)  # a spawned process starts with empty catalogs
         default_setup(cfg)
         if args.overfit_check:
             return run_check(cfg, recipe, steps=args.overfit_steps)
@@ -250,12 +250,6 @@ def list_outputs(cfg: CfgNode, *weights: str) -> str:
     if cfg.TEST.NUM_PICTURES > 0:
         parts.append(f"pictures {folder}/pictures")
     return "; ".join(parts)
-
-
-def first_process_printer() -> Callable[..., None]:
-    """Returns `print` in the first process, before the processes know each other; else a no-op."""
-    first = not started_by_torchrun() or os.environ["RANK"] == "0"
-    return print if first else lambda *_: None
 
 
 if __name__ == "__main__":

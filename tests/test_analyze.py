@@ -115,6 +115,27 @@ def test_mean_over_images_of_a_data_set(capsys, tmp_path):
     assert mean["input"] == "mean of 2 images"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "has no list `images`"),
+        ({"images": []}, "has no list `images`"),
+        ({"images": {"1": 2}}, "has no list `images`"),
+        (
+            {"images": [{"height": 5, "width": 5}, {"height": 5}]},
+            "images[1] has height 5 and width",
+        ),
+        ({"images": [{"height": "x", "width": 5}]}, "images[0] has height 'x'"),
+        ({"images": [3]}, "images[0] has height None"),
+    ],
+)
+def test_annotations_without_sizes_are_named(capsys, tmp_path, content, message):
+    path = tmp_path / "val.json"
+    path.write_text(json.dumps(content))
+    code, _, error = run(capsys, TINY, "--annotations", str(path))
+    assert code == 2 and str(path) in error and message in error
+
+
 def test_published_figures_of_resnet_50(capsys):
     code, out, _ = run(capsys, R50, "--json")
     (report,) = json.loads(out)

@@ -125,6 +125,9 @@ class TestTransfer:
         assert transfer.rows == (1, None, 0)
         transfer = ClassTransfer.by_name(["Ship", "ship", "SHIP"], ["ship", "Ship"])
         assert transfer.rows == (1, 0, 0), "an equal spelling comes first"
+        names = ["traffic_light", "caf\u00e9", "\uff23\uff21\uff32", "cell-phone"]
+        file = ["car", "cafe\u0301", "cell phone", "traffic light"]
+        assert ClassTransfer.by_name(names, file).rows == (3, 1, 0, 2)
 
     def test_rows_without_a_class_match_nothing(self) -> None:
         assert ClassTransfer.by_name(["None", ""], [None, "x"]).rows == (None, None)

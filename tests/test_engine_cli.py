@@ -218,13 +218,15 @@ def test_configuration_by_name_and_output_folder(tmp_path, monkeypatch):
         find_config("nothing.yaml")
 
 
-def test_unreadable_image_is_named(tmp_path, coco_folder, capsys):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_unreadable_image_is_named_before_training(tmp_path, coco_folder, capsys, split):
     folder = tmp_path / "broken"
     shutil.copytree(coco_folder, folder)
-    for picture in (folder / "train").glob("*.png"):
-        picture.write_bytes(picture.read_bytes()[:200])
+    picture = sorted((folder / split).glob("*.png"))[-1]
+    picture.write_bytes(picture.read_bytes()[:200])
     message = issue(capsys, arguments(tmp_path / "out", "--data", str(folder)))
-    assert ".png" in message and "could not be prepared" in message
+    assert f"{picture}: cannot read image: " in message and "truncated" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")

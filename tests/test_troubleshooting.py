@@ -188,11 +188,7 @@ def train_options() -> set[str]:
 
 
 def scripts() -> dict[str, Path]:
-    paths = [
-        *(ROOT / "tools").glob("*.py"),
-        ROOT / "demo/demo.py",
-        ROOT / "asag/data/coco_split.py",
-    ]
+    paths = [*(ROOT / "tools").glob("*.py"), ROOT / "demo/demo.py"]
     return {path.name: path for path in paths}
 
 

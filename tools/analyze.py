@@ -129,18 +129,36 @@ def report(path: str, cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
 
 def resized_sizes(cfg: CfgNode, annotations: str, images: int) -> dict[tuple[int, int], int]:
     """(height, width) -> how many of the first images have it after the resize of testing."""
+    from asag.data.json_files import load_json
+
     from detectron2.data.transforms import ResizeShortestEdge
 
-    with open(annotations, encoding="utf-8") as file:
-        entries = json.load(file).get("images", [])[:images]
-    if not entries:
-        raise ValueError(f"{annotations} has no images")
+    data = load_json(Path(annotations))
+    entries = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(entries, list) or not entries[:images]:
+        raise ValueError(f"{annotations} has no list `images`, or --images {images} takes none")
+    shapes = [_shape(annotations, i, entry) for i, entry in enumerate(entries[:images])]
     resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
     sizes: Counter[tuple[int, int]] = Counter()
-    for entry in entries:
-        transform = resize.get_transform(_BlankImage(entry["height"], entry["width"]))
+    for height, width in shapes:
+        transform = resize.get_transform(_BlankImage(height, width))
         sizes[transform.new_h, transform.new_w] += 1
     return dict(sizes)
+
+
+def _shape(annotations: str, index: int, entry: Any) -> tuple[int, int]:
+    """Height and width of an entry of `images`."""
+    written = [entry.get(key) if isinstance(entry, dict) else None for key in ("height", "width")]
+    try:
+        height, width = map(int, written)
+    except (TypeError, ValueError, OverflowError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise ValueError(
+            f"{annotations}: images[{index}] has height {written[0]!r} and width {written[1]!r}; "
+            "write its size in pixels"
+        )
+    return height, width
 
 
 class _BlankImage:

@@ -33,15 +33,16 @@ from bad_input_cases import (
     command_line,
     configuration,
     crowdhuman,
+    formats,
     images,
 )
 from bad_input_cases.common import Case, judge
 
-SUITES = (images, annotations, crowdhuman, configuration, checkpoints, command_line)
+SUITES = (images, annotations, formats, crowdhuman, configuration, checkpoints, command_line)
 INTRODUCTION = """\
 # Malformed inputs
 
-What becomes of broken images, annotation files, configurations and checkpoints. `handled` goes on
+What happens to broken images, data sets, configurations and checkpoints. `handled` goes on
 as described; `error` stops with exit code 2 and a message that names the file, key or entry and
 says what to do about it. Nothing is dropped without being counted in the report of the data.
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.data import register_coco_folder  # noqa: E402
+from asag.data import register_dataset  # noqa: E402
 from asag.data.errors import DatasetError  # noqa: E402
 from asag.engine.trainer import Trainer  # noqa: E402
 from asag.model_zoo.loading import RUN_WEIGHTS, choose_device  # noqa: E402
@@ -47,7 +47,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="evaluate these instead of taking the run's last evaluation",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="folder of the data, if it is not where it was"
+        "--data", type=Path, metavar="PATH", help="the data, if it is not where it was"
+    )
+    parser.add_argument(
+        "--val-fraction", type=float, metavar="SHARE", help="of --data, as in the training"
     )
     parser.add_argument(
         "--max-images",
@@ -74,7 +77,7 @@ def make_report(args: argparse.Namespace) -> Path:
     if args.max_images < 0:
         raise ValueError(f"--max-images is {args.max_images}; it must be at least 0")
     run = Run.read(args.run)
-    _register(run, args.data)
+    _register(run, args.data, args.val_fraction)
     cfg = run.cfg.clone()  # the page shows the run's own
     cfg.MODEL.DEVICE = choose_device(args.device)
     cfg.MODEL.COMPILE = False
@@ -108,13 +111,19 @@ def make_report(args: argparse.Namespace) -> Path:
         )
 
 
-def _register(run: Run, data: Path | None) -> None:
+def _register(run: Run, data: Path | None, val_fraction: float | None) -> None:
     """Makes the run's data sets known: those below --data, else where run.json says they are."""
     if data is not None:
         train, test = run.cfg.DATASETS.TRAIN, run.cfg.DATASETS.TEST
         name = train[0].removesuffix("_train") if train else data.name
         same = bool(test) and tuple(train) == tuple(test)
-        register_coco_folder(data, name=name, output_dir=run.folder, evaluate_on_train=same)
+        register_dataset(
+            data,
+            name=name,
+            output_dir=run.folder,
+            evaluate_on_train=same,
+            val_fraction=val_fraction,
+        )
     elif run.record is not None:
         try:
             run.record.register_datasets()

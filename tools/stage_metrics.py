@@ -48,7 +48,7 @@ def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dic
     args = build_parser().parse_args(arguments)
     cfg, _ = configure(args)
     choose_device(cfg, args.num_gpus)
-    registered = register_data(args, cfg.OUTPUT_DIR)
+    registered = register_data(args, cfg)
     if registered is not None:
         use_data(cfg, registered)
     if not os.path.isfile(cfg.MODEL.WEIGHTS):

@@ -15,6 +15,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from tabulate import tabulate
 from torch import Tensor
 
+from ..data.class_names import loose_name
 from .detr import PUBLISHED_COLUMNS
 
 # Every classifier of every stage, copy and proposal generator is called this.
@@ -58,15 +59,15 @@ class ClassTransfer:
 
     @classmethod
     def by_name(cls, data_names: Sequence[str], file_names: Sequence[str | None]) -> ClassTransfer:
-        """Pairs classes of equal name; capitals and the width of white space do not count, unless
-        only they tell two classes of the file apart."""
+        """Pairs classes of equal name; capitals, Unicode form, white space, `_` and `-` do not
+        count, unless only they tell two classes of the file apart."""
         exact: dict[str, int] = {}
         loose: dict[str, int] = {}
         for row, name in enumerate(file_names):
             if name is not None:
                 exact.setdefault(name, row)
-                loose.setdefault(_normalized(name), row)
-        rows = [exact.get(x, loose.get(_normalized(x))) for x in data_names]
+                loose.setdefault(loose_name(name), row)
+        rows = [exact.get(x, loose.get(loose_name(x))) for x in data_names]
         return cls(tuple(data_names), tuple(file_names), tuple(rows))
 
     @property
@@ -119,10 +120,6 @@ class ClassTransfer:
         lines = tabulate(table[:LISTED], headers=("class", "of the data", "from the file"))
         more = f"\n... and {len(table) - LISTED} more" if len(table) > LISTED else ""
         return f"{text}\n{lines}{more}"
-
-
-def _normalized(name: str) -> str:
-    return " ".join(name.casefold().split())
 
 
 def adopt_classes(

@@ -31,6 +31,12 @@ def get_asag_cfg() -> CN:
 def _add_input(cfg: CN) -> None:
     # Color order of the image tensors. All detectors here use torchvision's ImageNet weights: RGB.
     cfg.INPUT.FORMAT = "RGB"
+    # Images of more pixels are refused, before training where the data is checked: memory for
+    # decoding. The default, 2^29 / 3, is half a GiB as RGB.
+    cfg.INPUT.MAX_PIXELS = 178_956_970
+    # Stop if the boxes of a whole data set look like fractions, corners or of another image size,
+    # or lie in one corner of all images. False takes them as they are.
+    cfg.DATASETS.CHECK_BOXES = True
     # With INPUT.CROP.ENABLED, a share of the training images is augmented as in DETR: resize the
     # short side to one of PRE_RESIZE (pixels), crop INPUT.CROP.SIZE, then resize like the other
     # images.

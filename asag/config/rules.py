@@ -116,6 +116,7 @@ INSIDE_0_1 = Range("above 0 and below 1", low=0, high=1, without_low=True, witho
 
 RULES: dict[str, Range | OneOf | Each] = {
     "INPUT.FORMAT": OneOf(("RGB", "BGR")),
+    "INPUT.MAX_PIXELS": COUNT,
     "INPUT.CROP.SIZE": Each(POSITIVE, 2),
     "INPUT.CROP.PRE_RESIZE": Each(COUNT),
     "INPUT.CROP.PROB": SHARE,

@@ -8,6 +8,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
+from .errors import DatasetError
+from .image_check import inspect_images
+
 
 def check_registered(cfg: CfgNode, *, need_train: bool = True) -> None:
     """Raises ValueError unless every name of DATASETS.TRAIN and DATASETS.TEST is registered.
@@ -48,6 +51,22 @@ def load_train_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
             "looked for below the folder in the environment variable DETECTRON2_DATASETS "
             "(default ./datasets)."
         ) from error
+
+
+def check_images(cfg: CfgNode) -> None:
+    """Decodes all images of DATASETS.TRAIN and DATASETS.TEST.
+
+    Raises:
+        DatasetError: with every image that cannot be read, or has more than INPUT.MAX_PIXELS.
+        ValueError: a name is not registered.
+    """
+    check_registered(cfg, need_train=False)
+    names = dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+    paths = [entry["file_name"] for name in names for entry in DatasetCatalog.get(name)]
+    facts = inspect_images(paths, decode=True, max_pixels=cfg.INPUT.MAX_PIXELS)
+    issues = [x.issue(path) for path, x in zip(paths, facts, strict=True) if x.error]
+    if issues:
+        raise DatasetError(issues)
 
 
 def class_names(dataset_name: str) -> list[str]:

@@ -6,44 +6,25 @@ A COCO file is a JSON object with the lists `images`, `annotations` and `categor
 wrong with a file is gathered before the reader stops, so that one run names everything to fix.
 """
 
-import json
-import os
 import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from asag.data.coco_table import CocoTable
 from asag.data.errors import DataIssue, DatasetError
+from asag.data.ids import IdIndex, id_order
+from asag.data.image_names import find_images
+from asag.data.json_files import load_json
+from asag.data.other_formats import describe_json
 
 MAX_INT = 2**1000  # beyond about 2^1023 JSON's whole numbers are no floats
+MAX_AREA = 1e10  # square pixels; COCO's evaluation ignores larger objects
+MAX_UNLISTED = 0.5  # larger share of annotations without an image: the ids are wrong, not the list
 MAX_LISTED_PER_KIND = 5  # entries named for one kind of issue; the rest is counted
-
-
-def load_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        DatasetError: the file is absent, unreadable or not JSON (with line and column).
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        problem, remedy = "no such file", "check the path"
-    except OSError as error:
-        problem, remedy = f"cannot be read ({error.strerror})", "check the path and its permissions"
-    except json.JSONDecodeError as error:
-        problem = f"not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-        remedy = "the file may be cut off or edited by hand; export or download it again"
-    except UnicodeDecodeError as error:
-        problem = f"not text in UTF-8 (byte {error.start})"
-        remedy = "export it again as UTF-8 JSON"
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, deep nesting
-        problem, remedy = f"not a COCO file: {error}", "export or download it again"
-    raise DatasetError([DataIssue(str(path), problem, remedy)])
 
 
 def read_coco_table(json_file: Path, image_roots: Sequence[Path]) -> CocoTable:
@@ -64,37 +45,42 @@ def read_coco_table(json_file: Path, image_roots: Sequence[Path]) -> CocoTable:
     file_names = reader.column("images", images, "file_name", (str,), "text")
     reader.unique("image id", image_ids, "give every image its own id")
     image_hw = reader.image_sizes(images)
-    names, ids, label_of = reader.classes(categories, annotations)
+    names, ids, box_class = reader.classes(categories, annotations)
     box_image_ids = reader.column(
         "annotations", annotations, "image_id", (int, str, float), "an id"
     )
     boxes_xywh = reader.boxes(annotations)
-    iscrowd = reader.crowd(annotations)
+    iscrowd = reader.flags(annotations, "iscrowd", "write 1 for a region to ignore, else 0")
+    difficult = np.zeros(len(annotations), dtype=bool)
+    if reader.evaluator_type == "pascal_voc":  # elsewhere COCO's own rules hold
+        difficult = reader.flags(annotations, "difficult", "write 1 for a difficult object, else 0")
     reader.stop_if_wrong()
 
-    row_of = {image_id: row for row, image_id in enumerate(image_ids)}
+    box_image = reader.box_images(image_ids, file_names, box_image_ids)
     areas = reader.areas(annotations, boxes_xywh)
+    files = find_images(image_roots, file_names)
+    reader.notes += files.notes
     return CocoTable(
-        json_file=json_file,
-        image_root=_best_root(image_roots, file_names),
+        source=json_file,
+        image_root=files.root,
         class_names=names,
         category_ids=ids,
         image_ids=image_ids,
         file_names=file_names,
+        image_files=files.paths,
         image_hw=image_hw,
-        box_image=np.array([row_of.get(i, -1) for i in box_image_ids], dtype=np.int64),
-        box_class=np.array([label_of[a["category_id"]] for a in annotations], dtype=np.int64),
+        box_image=box_image,
+        box_class=box_class,
         boxes_xywh=boxes_xywh,
         areas=areas,
         iscrowd=iscrowd,
+        difficult=difficult & ~iscrowd,
         annotation_ids=reader.annotation_ids(annotations),
         repairs=tuple(reader.repairs),
+        notes=tuple(reader.notes),
+        evaluator_type=reader.evaluator_type,
+        missing_hint=files.hint,
     )
-
-
-def _best_root(roots: Sequence[Path], file_names: Sequence[str]) -> Path:
-    sample = file_names[:: max(1, len(file_names) // 50)]
-    return min(roots, key=lambda root: sum(not os.path.isfile(root / name) for name in sample))
 
 
 def _describe(section: str, row: int, entry: Any) -> str:
@@ -123,6 +109,8 @@ class _Reader:
         self.json_file = json_file
         self.issues: list[DataIssue] = []
         self.repairs: list[str] = []
+        self.notes: list[str] = []
+        self.evaluator_type = "coco"
 
     def report(self, problem: str, remedy: str) -> None:
         self.issues.append(DataIssue(str(self.json_file), problem, remedy))
@@ -142,11 +130,18 @@ class _Reader:
     def sections(self) -> tuple[list[dict], list[dict], list[dict]]:
         data = load_json(self.json_file)
         remedy = "a COCO file is an object with the lists images, annotations and categories"
+        known = describe_json(data)
+        if known:
+            self.report(f"this is {known[0]}", f"{known[1]}; {remedy}")
+            self.stop_if_wrong()
         if not isinstance(data, dict):
             self.report(f"holds a {type(data).__name__}, not an object", remedy)
             self.stop_if_wrong()
+        info = data.get("info")
         if "info" not in data:
             self.repairs.append("no `info`")
+        elif isinstance(info, dict) and info.get("evaluator_type") == "pascal_voc":
+            self.evaluator_type = "pascal_voc"
         sections = []
         for key in ("images", "annotations", "categories"):
             section = data.get(key)
@@ -204,44 +199,83 @@ class _Reader:
 
     def classes(
         self, categories: list[dict], annotations: list[dict]
-    ) -> tuple[tuple[str, ...], tuple[int, ...], dict[int, int]]:
-        """Class names and category ids by rising id, and the class index of every category id."""
+    ) -> tuple[tuple[str, ...], tuple[int | str, ...], np.ndarray]:
+        """Class names and category ids by rising id, and the (A,) class index of every box."""
         issues_before = len(self.issues)
-        ids = self.column("categories", categories, "id", (int,), "a whole number")
+        ids = self.column("categories", categories, "id", (int, str), "a number or text")
         names = self.column("categories", categories, "name", (str,), "text")
-        self.column("annotations", annotations, "category_id", (int, float), "a category's id")
+        types = (int, float, str)
+        used = self.column("annotations", annotations, "category_id", types, "a category's id")
         unprintable = [name for name in names if isinstance(name, str) and not _is_text(name)]
         self.report_each(
             [f"category name {name!r} is not a valid text" for name in unprintable], "rename it"
         )
         if len(self.issues) > issues_before:
-            return (), (), {}  # the checks below would only echo these issues
+            return (), (), np.zeros(0, dtype=np.int64)  # checks below would echo these issues
         self.unique("category id", ids, "give every category its own id")
-        counts = Counter(a["category_id"] for a in annotations)
-        declared = set(ids)
+        index = IdIndex(ids, (names,))
+        rows = [index.find(i) for i in used]
+        self._note_corrected("category_id", "categories", index)
+        counts = Counter(i for i, row in zip(used, rows, strict=True) if row < 0)
         self.report_each(
             [
                 f"{n} annotation(s) use category id {i!r}, which `categories` does not declare"
                 for i, n in counts.items()
-                if i not in declared
             ],
-            f"add it to `categories` (declared ids: {sorted(ids)[:10]}) or fix the annotations",
+            "add it to `categories` (declared ids: "
+            f"{sorted(ids, key=id_order)[:10]}) or correct the annotations",
         )
-        kept = self._without_umbrellas(sorted(zip(ids, names, strict=True)), counts)
+        entries = sorted(zip(ids, names, strict=True), key=lambda entry: id_order(entry[0]))
+        kept = self._without_umbrellas(entries, Counter(ids[row] for row in rows if row >= 0))
+        label_of = {i: label for label, (i, _) in enumerate(kept)}
+        labels = [label_of.get(ids[row], -1) if row >= 0 else -1 for row in rows]
         return (
             tuple(name for _, name in kept),
             tuple(i for i, _ in kept),
-            {i: label for label, (i, _) in enumerate(kept)},
+            np.array(labels, dtype=np.int64),
         )
 
+    def box_images(
+        self, image_ids: list[int | str], file_names: list[str], box_image_ids: list
+    ) -> np.ndarray:
+        """(A,) rows of the annotations' images; -1 for images that are not listed.
+
+        An id of another type than the image's, or its file name, is taken where it fits one image
+        only. Complains if most annotations fit no image.
+        """
+        stems = [PurePosixPath(name.replace("\\", "/")) for name in file_names]
+        names = ([x.name for x in stems], [x.stem for x in stems])
+        index = IdIndex(image_ids, (file_names, *names))
+        rows = np.array([index.find(i) for i in box_image_ids], dtype=np.int64)
+        self._note_corrected("image_id", "images", index)
+        unlisted = rows < 0
+        if len(rows) and unlisted.mean() > MAX_UNLISTED:
+            first = box_image_ids[int(unlisted.argmax())]
+            self.report(
+                f"{np.count_nonzero(unlisted)} of {len(rows)} annotations belong to no image: "
+                f"their image_id is {first!r} for example, while ids of images are like "
+                f"{reprlib.repr(image_ids[0])}",
+                "write the id of an entry of `images` as the image_id of every annotation",
+            )
+            self.stop_if_wrong()
+        return rows
+
+    def _note_corrected(self, key: str, section: str, index: IdIndex) -> None:
+        if index.corrected:
+            written, listed = map(reprlib.repr, index.example)
+            self.repairs.append(
+                f"{index.corrected} annotations whose `{key}` is written differently from the id "
+                f"in `{section}` ({written} is {listed})"
+            )
+
     def _without_umbrellas(
-        self, categories: list[tuple[int, str]], counts: Counter
-    ) -> list[tuple[int, str]]:
+        self, categories: list[tuple[int | str, str]], counts: Counter
+    ) -> list[tuple[int | str, str]]:
         """Resolve equal names: some exporters add an empty parent category named like its child."""
-        ids_of_name: dict[str, list[int]] = defaultdict(list)
+        ids_of_name: dict[str, list[int | str]] = defaultdict(list)
         for i, name in categories:
             ids_of_name[name].append(i)
-        dropped: set[int] = set()
+        dropped: set[int | str] = set()
         for name, ids in ids_of_name.items():
             used = [i for i in ids if counts[i]] or ids[:1]
             if len(used) > 1:
@@ -251,7 +285,9 @@ class _Reader:
                 )
             dropped |= set(ids) - set(used)
         if dropped:
-            self.repairs.append(f"unused categories with a name used twice: ids {sorted(dropped)}")
+            self.repairs.append(
+                f"unused categories with a name used twice: ids {sorted(dropped, key=id_order)}"
+            )
         return [(i, name) for i, name in categories if i not in dropped]
 
     def boxes(self, annotations: list[dict]) -> np.ndarray:
@@ -288,7 +324,7 @@ class _Reader:
         """(A,) square pixels: as written, or that of the box."""
         areas = [a.get("area") for a in annotations]
         known = np.array(
-            [type(area) in (int, float) and 0 <= area < MAX_INT for area in areas], dtype=bool
+            [type(area) in (int, float) and 0 <= area <= MAX_AREA for area in areas], dtype=bool
         )
         if not known.all():
             self.repairs.append(f"{np.count_nonzero(~known)} annotations without a valid `area`")
@@ -297,20 +333,19 @@ class _Reader:
         )
         with np.errstate(over="ignore", invalid="ignore"):  # such boxes are dropped later
             product = boxes_xywh[:, 2] * boxes_xywh[:, 3]
-        return np.where(known, written, product)
+        return np.where(known, written, np.minimum(product, MAX_AREA))
 
-    def crowd(self, annotations: list[dict]) -> np.ndarray:
+    def flags(self, annotations: list[dict], key: str, remedy: str) -> np.ndarray:
         """(A,) bool; reports anything but 0, 1, true and false."""
-        flags = [annotation.get("iscrowd") for annotation in annotations]
+        flags = [annotation.get(key) for annotation in annotations]
         unsaid = sum(flag is None for flag in flags)
-        if unsaid:
+        if unsaid and key == "iscrowd":
             self.repairs.append(f"{unsaid} annotations without `iscrowd`")
         wrong = [i for i, flag in enumerate(flags) if flag is not None and not _is_flag(flag)]
         problems = [
-            f"{_describe('annotations', i, annotations[i])}: 'iscrowd' = {flags[i]!r}"
-            for i in wrong
+            f"{_describe('annotations', i, annotations[i])}: {key!r} = {flags[i]!r}" for i in wrong
         ]
-        self.report_each(problems, "write 1 for a region to ignore, else 0")
+        self.report_each(problems, remedy)
         return np.array([_is_flag(flag) and bool(flag) for flag in flags], dtype=bool)
 
     def annotation_ids(self, annotations: list[dict]) -> np.ndarray:

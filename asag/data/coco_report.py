@@ -1,22 +1,42 @@
-"""What is in a data set, what was repaired, and whether it can be trained on.
+"""Counts of a data set, corrections, and the checks that it has to pass before training.
 
 Letters: I images, A annotations, K classes.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from asag.data.coco_table import CocoTable, missing_files
+from asag.data.class_names import loose_name
+from asag.data.coco_table import CocoTable
+from asag.data.columns import all_crowd, check_boxes, corrected_columns
 from asag.data.errors import DataIssue, DatasetError
-from asag.data.image_io import ImageReadError, open_image
+from asag.data.image_check import with_checked_images
+from asag.data.image_names import printable
 
 SMALL_AREA = 32**2  # COCO's limits between small, medium and large objects, square pixels
 MEDIUM_AREA = 96**2
 MAX_COORDINATE = 1e9  # pixels; beyond it areas and sums lose their meaning
 MIN_SIDE = 1e-4  # pixels; the mapper takes a box that shows less for none
+MAX_NAMED = 10  # classes without boxes that are named
 MAX_MISSING = 0.5  # more missing files than this share means a wrong folder, not a few losses
+
+
+@dataclass(frozen=True)
+class DataChecks:
+    """What is checked beside the entries of the annotation files.
+
+    Attributes:
+        decode_images: decode all pixels of all images; None does so for small sets. Headers are
+            always read.
+        max_pixels: larger images are an error; None is `asag.data.image_io.MAX_PIXELS`.
+        boxes: refuse boxes that look wrong over the whole split (`asag.data.columns`).
+    """
+
+    decode_images: bool | None = None
+    max_pixels: int | None = None
+    boxes: bool = True
 
 
 @dataclass(frozen=True)
@@ -30,8 +50,9 @@ class DatasetReport:
         boxes: annotations in the file.
         crowd_boxes: annotations marked `iscrowd`, regions to ignore.
         class_names: K names.
-        boxes_per_class: K rows of (small, medium, large), COCO's limits of 32^2 and 96^2 square
-            pixels; boxes of no size and crowd regions are not counted.
+        boxes_per_class: K rows of (small, medium, large) by `area` as in the evaluation, COCO's
+            limits of 32^2 and 96^2 square pixels; boxes of no size and crowd regions are not
+            counted.
         max_boxes_per_image: boxes in the fullest image; a detector needs at least as many queries.
         mean_boxes_per_image: boxes / images.
         thin_boxes: width or height of 1 pixel or less, including the invalid ones.
@@ -40,8 +61,10 @@ class DatasetReport:
         boxes_outside_image: not inside their image at all; dropped while loading.
         boxes_without_image: annotations of images the file does not list; dropped.
         missing_files: images whose file does not exist; dropped.
+        missing_hint: name of the first of these, and the nearest file there is.
         repeated_files: file names listed for more than one image.
-        repairs: what differs from the file so that evaluation reads a cleaned copy.
+        repairs: differences from the source for which the evaluation reads a copy in COCO form.
+        notes: what else the reader found worth telling.
     """
 
     name: str
@@ -61,12 +84,15 @@ class DatasetReport:
     missing_files: int
     repeated_files: int
     repairs: tuple[str, ...]
+    missing_hint: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> list[str]:
         """Sentences about everything that was dropped, repaired or looks odd."""
+        hint = f" (first: {self.missing_hint})" if self.missing_hint else ""
         notes = [
-            (self.missing_files, "image file(s) do not exist; these images are dropped"),
+            (self.missing_files, f"image file(s) do not exist; these images are dropped{hint}"),
             (self.invalid_boxes, "box(es) without a positive, finite size are dropped"),
             (self.boxes_without_image, "annotation(s) of images not in the file are dropped"),
             (self.boxes_outside_image, "box(es) lie outside their image and are ignored"),
@@ -81,10 +107,17 @@ class DatasetReport:
             if not sum(sizes)
         ]
         if unused:
+            shown = ", ".join(unused[:MAX_NAMED])
+            more = f" and {len(unused) - MAX_NAMED} more" if len(unused) > MAX_NAMED else ""
             sentences.append(
-                f"no boxes of class {', '.join(unused)} (an exporter's parent category? delete it "
+                f"no boxes of class {shown}{more} (an exporter's parent category? delete it "
                 "from `categories` of every split if it is not wanted)"
             )
+        forms = Counter(loose_name(name) for name in self.class_names)
+        alike = [name for name in self.class_names if forms[loose_name(name)] > 1]
+        if alike:
+            sentences.append(f"classes that differ in spelling only: {', '.join(alike)}")
+        sentences += self.notes
         if self.repairs:
             sentences.append(f"evaluation uses a cleaned copy: {'; '.join(self.repairs)}")
         return sentences
@@ -109,25 +142,31 @@ class DatasetReport:
         return "\n".join(lines)
 
 
-def inspect_table(table: CocoTable, name: str) -> tuple[DatasetReport, CocoTable]:
-    """Count what a table holds and drop what cannot be used.
-
-    Image sizes that the file does not state are read from the images.
+def inspect_table(
+    table: CocoTable, name: str, checks: DataChecks | None = None
+) -> tuple[DatasetReport, CocoTable]:
+    """Check a table against its images, and count what is in it.
 
     Args:
-        table: as read from the file.
-        name: of the data set, for the report.
+        table: as it was read.
+        name: for the report.
+        checks: what is checked; None is `DataChecks()`.
 
     Returns:
-        The report, and the table without missing images, invalid boxes and boxes of no image.
+        The report, and the table with everything that can be used: sizes filled in, images without
+        a file and boxes without a size dropped.
 
     Raises:
-        DatasetError: most image files are missing, an image needed for its size cannot be read, or
-            no usable box is left.
+        DatasetError: most image files are missing, an image cannot be opened or has another size
+            than its entry says, the boxes cannot be meant, or no box is left.
     """
-    absent = missing_files(table.image_root, table.file_names)
+    checks = checks or DataChecks()
+    absent = np.array([not path for path in table.image_files], dtype=bool)
     _check_files(table, absent)
-    table = _with_sizes(table, ~absent)
+    table = with_checked_images(table, decode=checks.decode_images, max_pixels=checks.max_pixels)
+    if checks.boxes:
+        check_boxes(table)
+    table = corrected_columns(table)
 
     xy, wh = table.boxes_xywh[:, :2], table.boxes_xywh[:, 2:]
     in_range = (np.abs(table.boxes_xywh) < MAX_COORDINATE).all(axis=1)  # False for NaN
@@ -142,7 +181,7 @@ def inspect_table(table: CocoTable, name: str) -> tuple[DatasetReport, CocoTable
 
     boxes_of_image = np.bincount(table.box_image[listed], minlength=len(table.image_ids))
     counted = valid & ~table.iscrowd
-    box_areas = np.where(counted, wh[:, 0] * wh[:, 1], 0.0)
+    box_areas = np.where(counted, table.areas, 0.0)
     size_class = (box_areas >= SMALL_AREA).astype(np.int64) + (box_areas >= MEDIUM_AREA)
     cells = np.bincount(
         3 * table.box_class[counted] + size_class[counted], minlength=3 * len(table.class_names)
@@ -154,11 +193,13 @@ def inspect_table(table: CocoTable, name: str) -> tuple[DatasetReport, CocoTable
     if not (valid & listed).all():
         reasons.append(f"{np.count_nonzero(~(valid & listed))} unusable annotations")
     usable = table.select(~absent, valid, *reasons) if reasons else table
+    if (issue := all_crowd(table)) is not None:
+        raise DatasetError([issue])
     if not (~usable.iscrowd).any():
         raise DatasetError(
             [
                 DataIssue(
-                    str(table.json_file),
+                    str(table.source),
                     f"no usable box among {len(table.boxes_xywh)} annotations",
                     "choose the file that holds the boxes; they need a positive width and height",
                 )
@@ -181,7 +222,9 @@ def inspect_table(table: CocoTable, name: str) -> tuple[DatasetReport, CocoTable
         boxes_without_image=int(np.count_nonzero(~listed)),
         missing_files=int(np.count_nonzero(absent)),
         repeated_files=sum(count > 1 for count in Counter(table.file_names).values()),
+        missing_hint=_first_missing(table, absent),
         repairs=usable.repairs,
+        notes=usable.notes,
     )
     return report, usable
 
@@ -189,31 +232,21 @@ def inspect_table(table: CocoTable, name: str) -> tuple[DatasetReport, CocoTable
 def _check_files(table: CocoTable, absent: np.ndarray) -> None:
     if absent.mean() <= MAX_MISSING:
         return
-    first = table.file_names[int(absent.argmax())]
     raise DatasetError(
         [
             DataIssue(
-                str(table.json_file),
+                str(table.source),
                 f"{np.count_nonzero(absent)} of {len(absent)} image files are not in "
-                f"{table.image_root} (first: {first})",
+                f"{table.image_root} (first: {_first_missing(table, absent)})",
                 "name the folder that the file names are relative to, or copy the images there",
             )
         ]
     )
 
 
-def _with_sizes(table: CocoTable, present: np.ndarray) -> CocoTable:
-    """Fill in the sizes that the file leaves out, from the images (EXIF orientation applied)."""
-    sizes = table.image_hw.copy()
-    issues = []
-    for row in np.flatnonzero(present & (sizes == 0).any(axis=1)):
-        path = table.image_root / table.file_names[row]
-        try:
-            sizes[row] = open_image(str(path)).size[::-1]
-        except ImageReadError as error:
-            remedy = "replace the image, or take its entry out of the file"
-            issues.append(DataIssue(str(path), str(error), remedy))
-    if issues:
-        raise DatasetError(issues)
-    # Images without a file keep 0 and are dropped with it.
-    return replace(table, image_hw=sizes)
+def _first_missing(table: CocoTable, absent: np.ndarray) -> str:
+    """Name of the first image without a file, and the nearest name there is; "" without one."""
+    if not absent.any():
+        return ""
+    name = printable(table.file_names[int(absent.argmax())])[:200]
+    return f"{name}; {table.missing_hint}" if table.missing_hint else name

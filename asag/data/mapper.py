@@ -34,19 +34,26 @@ class SparseDetectionMapper:
 
     @configurable
     def __init__(
-        self, *, is_train: bool, augmentations: Sequence[T.Augmentation], image_format: str
+        self,
+        *,
+        is_train: bool,
+        augmentations: Sequence[T.Augmentation],
+        image_format: str,
+        max_pixels: int | None = None,
     ) -> None:
         """
         Args:
             is_train: whether to prepare `instances`.
             augmentations: applied in this order to image and boxes.
             image_format: one of `IMAGE_FORMATS`.
+            max_pixels: larger images are an error, see `asag.data.image_io.open_image`.
         """
         if image_format not in IMAGE_FORMATS:
             raise ValueError(f"INPUT.FORMAT = {image_format!r}: use one of {IMAGE_FORMATS}")
         self.is_train = is_train
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
+        self.max_pixels = max_pixels
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -56,6 +63,7 @@ class SparseDetectionMapper:
             "is_train": is_train,
             "augmentations": augmentations,
             "image_format": cfg.INPUT.FORMAT,
+            "max_pixels": cfg.INPUT.MAX_PIXELS,
         }
 
     @classmethod
@@ -73,7 +81,7 @@ class SparseDetectionMapper:
         """
         sample = {key: value for key, value in dataset_dict.items() if key != "annotations"}
         sample = copy.deepcopy(sample)
-        image = read_image(sample["file_name"], self.image_format)
+        image = read_image(sample["file_name"], self.image_format, max_pixels=self.max_pixels)
         _check_size(sample, image)
 
         augmented = T.AugInput(image)

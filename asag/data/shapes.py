@@ -21,8 +21,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from asag.data.coco_folder import dataset_dicts
 from asag.data.coco_json import read_coco_table
+from asag.data.registration import dataset_dicts
 from asag.data.shapes_drawing import OUTLINES, draw_scene
 
 GENERATOR_VERSION = 5  # raise it when the same spec would give other pixels

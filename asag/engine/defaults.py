@@ -18,12 +18,15 @@ from detectron2.utils.logger import setup_logger
 from ..config import find_config, load_config
 from ..data import (
     CocoSplit,
-    RegisteredFolder,
+    DataChecks,
+    RegisteredDataset,
     SampleError,
-    register_coco_folder,
     register_coco_splits,
+    register_dataset,
 )
+from ..data.catalog import check_images
 from ..files import atomic_writer
+from .launch import started_by_torchrun
 from .writers import keep_files_plain
 
 DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
@@ -32,9 +35,20 @@ USER_ERROR = 2  # exit code for errors that the user can fix
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `register_data` reads."""
-    data = parser.add_argument_group("data of your own, in COCO format")
-    data.add_argument("--data", metavar="DIR", help="folder in one of the usual layouts")
+    data = parser.add_argument_group("data of your own, in COCO, Pascal VOC or YOLO format")
+    data.add_argument("--data", metavar="PATH", help="folder, data.yaml, COCO json or zip")
     data.add_argument("--evaluate-on-train", action="store_true", help="there is no other split")
+    data.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="SHARE",
+        help="keep this share of the images of a single split for evaluation, for example 0.2",
+    )
+    data.add_argument(
+        "--check-images",
+        action="store_true",
+        help="decode all images before training (small sets: always; headers: always)",
+    )
     for split in ("train", "val"):
         data.add_argument(f"--{split}-json", metavar="FILE", help=f"{split} annotations")
         data.add_argument(f"--{split}-images", metavar="DIR", help=f"folder of the {split} images")
@@ -77,45 +91,55 @@ def choose_device(cfg: CfgNode, num_gpus: int, say: Any = print) -> bool:
     return cfg.MODEL.DEVICE.startswith("cuda")
 
 
-def register_data(args: argparse.Namespace, output_dir: str) -> RegisteredFolder | None:
-    """Registers --data, or --train-json and its kin.
+def register_data(args: argparse.Namespace, cfg: CfgNode) -> RegisteredDataset | None:
+    """Registers --data, or --train-json and --val-json.
 
     Args:
         args: of the command line.
-        output_dir: where cleaned copies of annotation files go.
+        cfg: OUTPUT_DIR, where copies of annotations go; INPUT.MAX_PIXELS; DATASETS.CHECK_BOXES.
 
     Returns:
-        What was registered; None when the configuration's own data sets are used.
+        The registered data set; None if the configuration's own data sets are used.
 
     Raises:
         DatasetError: the files cannot be used.
         ValueError: contradicting arguments.
     """
     explicit = {name: getattr(args, name) for name in ("train_json", "val_json")}
+    first = is_first_process() and comm.is_main_process()  # one process decodes images for all
     if not args.data and not any(explicit.values()):
+        if args.val_fraction is not None:
+            raise ValueError("--val-fraction needs --data PATH or --train-json FILE to divide")
+        if args.check_images and first:
+            check_images(cfg)
         return None
     if args.data and any(explicit.values()):
         raise ValueError("pass either --data DIR or --train-json FILE, not both")
+    checks = DataChecks(
+        decode_images=(args.check_images or None) if first else False,
+        max_pixels=cfg.INPUT.MAX_PIXELS,
+        boxes=cfg.DATASETS.CHECK_BOXES,
+    )
+    given = {"output_dir": cfg.OUTPUT_DIR, "val_fraction": args.val_fraction, "checks": checks}
     if args.data:
-        registered = register_coco_folder(
-            args.data, output_dir=output_dir, evaluate_on_train=args.evaluate_on_train
+        return register_dataset(args.data, evaluate_on_train=args.evaluate_on_train, **given)
+    if not args.train_json:
+        raise ValueError("--val-json needs --train-json: it defines the classes")
+    choices = (args.val_json, args.evaluate_on_train, args.val_fraction is not None)
+    if sum(map(bool, choices)) != 1:
+        raise ValueError(
+            "--train-json needs one of --val-json FILE, --val-fraction SHARE and "
+            "--evaluate-on-train"
         )
-    else:
-        if not args.train_json:
-            raise ValueError("--val-json needs --train-json: it defines the classes")
-        if not args.val_json and not args.evaluate_on_train:
-            raise ValueError("--train-json needs --val-json FILE, or --evaluate-on-train")
-        val = _split(args.val_json, args.val_images) if args.val_json else None
-        registered = register_coco_splits(
-            Path(args.train_json).resolve().parent.name or "data",
-            train=_split(args.train_json, args.train_images),
-            val=val,
-            output_dir=output_dir,
-        )
-    return registered
+    return register_coco_splits(
+        None,
+        train=_split(args.train_json, args.train_images),
+        val=_split(args.val_json, args.val_images) if args.val_json else None,
+        **given,
+    )
 
 
-def use_data(cfg: CfgNode, registered: RegisteredFolder, say: Any = print) -> None:
+def use_data(cfg: CfgNode, registered: RegisteredDataset, say: Any = print) -> None:
     """Sets DATASETS and MODEL.ROI_HEADS.NUM_CLASSES to registered data."""
     cfg.DATASETS.TRAIN = (registered.train,)
     cfg.DATASETS.TEST = (registered.val,)
@@ -168,3 +192,8 @@ def report_error(error: Exception) -> int:
         message = message.rsplit("SampleError: ", 1)[-1].strip()
     print(f"error: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
+
+
+def is_first_process() -> bool:
+    """Returns True in the process that prints, also before the processes know each other."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"

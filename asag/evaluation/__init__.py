@@ -9,13 +9,16 @@ from asag.evaluation.crowdhuman_metrics import (
     crowdhuman_metrics_from_coco,
 )
 from asag.evaluation.recall import ProposalRecallEvaluator
+from asag.evaluation.voc import VocBoxEvaluator, voc_results
 
 __all__ = [
     "CrowdHumanEvaluator",
     "CrowdImage",
     "CrowdMetrics",
     "ProposalRecallEvaluator",
+    "VocBoxEvaluator",
     "build_evaluator",
     "crowdhuman_metrics",
     "crowdhuman_metrics_from_coco",
+    "voc_results",
 ]

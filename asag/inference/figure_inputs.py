@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.loading import PublishedCheckpointer
 from ..config.loading import load_config
-from ..data import SparseDetectionMapper, register_coco_folder
+from ..data import SparseDetectionMapper, register_dataset
 from ..data.catalog import check_registered
 from ..data.image_io import read_image
 from ..engine.defaults import choose_device, use_data
@@ -63,7 +63,7 @@ def open_model_and_dataset(
     cfg = _config(given.config, given.options)
     dataset = given.dataset
     if given.data:
-        registered = register_coco_folder(given.data, output_dir=scratch, evaluate_on_train=True)
+        registered = register_dataset(given.data, output_dir=scratch, evaluate_on_train=True)
         use_data(cfg, registered)
         dataset = registered.val
     cfg.DATASETS.TEST = (dataset,) if dataset else cfg.DATASETS.TEST[:1]

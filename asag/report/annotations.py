@@ -24,7 +24,8 @@ class GroundTruth:
     Attributes:
         boxes_xyxy: (m, 4) float64, pixels of the original image.
         labels: (m,) int64, index of the class.
-        ignored: (m,) bool, crowd regions: finding them is neither right nor wrong.
+        ignored: (m,) bool, crowd regions and difficult objects: finding them is neither right nor
+            wrong.
     """
 
     boxes_xyxy: np.ndarray
@@ -46,7 +47,10 @@ class GroundTruth:
         return cls(
             boxes,
             np.array([a["category_id"] for a in annotations], dtype=np.int64),
-            np.array([bool(a.get("iscrowd", 0)) for a in annotations], dtype=bool),
+            np.array(
+                [bool(a.get("iscrowd", 0) or a.get("difficult", 0)) for a in annotations],
+                dtype=bool,
+            ),
         )
 
 
@@ -57,7 +61,7 @@ class DatasetSummary:
     Attributes:
         images: all of them.
         empty: images without objects.
-        ignored: crowd regions, which are no objects.
+        ignored: crowd regions and difficult objects, which do not count as objects.
         fullest: objects in the fullest image.
         objects: (K, 3) int64, by class and by box area: small, medium, large by COCO's limits of
             32^2 and 96^2 square pixels of the original image.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..evaluation.coco import EVALUATOR_TYPES
 from .accuracy import CocoAccuracy, coco_accuracy, read_detections
 from .annotations import DatasetSummary, GroundTruth
 from .image_errors import Found, ImageErrors, count_errors
@@ -100,7 +101,7 @@ def compare_with_data(name: str, detections_file: Path | None) -> Result:
     found = by_image(detections, entries, labels, detections_file)
     counts, threshold, f1 = count_errors(found, gts)
     accuracy, remarks = None, []
-    if metadata.get("evaluator_type") != "coco":
+    if metadata.get("evaluator_type") not in EVALUATOR_TYPES or not metadata.get("json_file"):
         remarks.append(
             f"{name} is not evaluated by COCO's rules, so there are no figures by class and size "
             "and no precision-recall curves."

@@ -13,11 +13,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from ..config import get_asag_cfg
 from ..config.loading import Changes, differences, load_config
-from ..data.coco_folder import register_table
 from ..data.coco_json import read_coco_table
-from ..data.coco_report import inspect_table
+from ..data.coco_report import DataChecks, inspect_table
 from ..data.errors import DataIssue, DatasetError
-from ..evaluation.coco import RESULTS_FILE
+from ..data.registration import register_table
+from ..evaluation.coco import EVALUATOR_TYPES, RESULTS_FILE
 from ..evaluation.crowdhuman import DETECTIONS_FILE
 from ..files import atomic_writer
 from ..visualization.curves import Series, read_metrics
@@ -26,6 +26,8 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.json"
 ENVIRONMENT_FILE = "environment.txt"
 RECORD_FILE = "run.json"
+# The boxes were accepted when the run started; images may have changed since.
+ACCEPTED = DataChecks(decode_images=False, boxes=False)
 PLACES = ("json_file", "image_root")  # of a data set, in its metadata
 
 
@@ -56,7 +58,7 @@ class RunRecord:
         for name in dict.fromkeys(names):
             metadata = MetadataCatalog.get(name)
             places = {key: metadata.get(key) for key in PLACES}
-            if metadata.get("evaluator_type") == "coco" and all(places.values()):
+            if metadata.get("evaluator_type") in EVALUATOR_TYPES and all(places.values()):
                 found[name] = {key: str(Path(x).absolute()) for key, x in places.items()}
         return cls(recipe_name, differences(recipe, cfg), found)
 
@@ -96,10 +98,10 @@ class RunRecord:
                 continue
             try:
                 table = read_coco_table(Path(entry["json_file"]), (Path(entry["image_root"]),))
+                _, usable = inspect_table(table, name, ACCEPTED)
             except DatasetError as error:
                 issues += error.issues
                 continue
-            _, usable = inspect_table(table, name)
             register_table(name, usable, Path(entry["json_file"]).parent)
         if issues:
             raise DatasetError(issues)

@@ -88,5 +88,7 @@ def _predict(
 
 
 def _file_stem(entry: dict[str, Any]) -> str:
-    stem = f"{entry['image_id']}_{Path(entry['file_name']).stem}"
-    return re.sub(r"[^\w.-]+", "_", stem)
+    """Image id and file name, which are often the same, as a file name of at most 200 bytes."""
+    stem, image_id = Path(entry["file_name"]).stem, str(entry["image_id"])
+    name = stem if image_id.endswith(stem) else f"{image_id}_{stem}"
+    return re.sub(r"[^\w.-]+", "_", name).encode()[-200:].decode(errors="ignore")

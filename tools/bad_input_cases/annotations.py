@@ -1,4 +1,4 @@
-"""COCO-format annotation files: what is repaired and reported, and what stops the run."""
+"""COCO-format annotation files: corrections, and errors that stop the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import gzip
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from asag.data import (
     CocoSplit,
     DatasetReport,
     SparseDetectionMapper,
-    register_coco_folder,
     register_coco_splits,
+    register_dataset,
 )
 
 import numpy as np
@@ -242,7 +242,12 @@ def _identifiers(rng: np.random.Generator) -> Iterator[Case]:
         change = _put("annotations", row, category_id=unknown)
         remedy = "declared ids: [3, 7]"
         yield _case("unknown category", f"id {unknown}", happens, change, says, remedy=remedy)
-    for name, value in {"text": "3", "null": None, "list": [3], "true": True}.items():
+    happens = "taken for the id that it means, and reported"
+    says = "1 annotations whose `category_id` is written differently"
+    for value in ("3", "03", " 3"):
+        change = _put("annotations", row, category_id=value)
+        yield _case("category id written differently", repr(value), happens, change, says)
+    for name, value in {"null": None, "list": [3], "true": True}.items():
         says = f"{where}: 'category_id' = {value!r}"
         change = _put("annotations", row, category_id=value)
         happens = "names the entry"
@@ -255,7 +260,12 @@ def _identifiers(rng: np.random.Generator) -> Iterator[Case]:
         f"{where}: 'category_id' is missing",
         remedy="every entry of annotations needs",
     )
-    for name, value in {"unknown": 999, "text of a number": "10", "NaN": float("nan")}.items():
+    happens = "taken for the id that it means, and reported"
+    says = "1 annotations whose `image_id` is written differently"
+    for name, value in {"text": "10", "leading zeros": "0010", "file name": "1.png"}.items():
+        change = _put("annotations", row, image_id=value)
+        yield _case("image id written differently", name, happens, change, says)
+    for name, value in {"unknown": 999, "unknown text": "x", "NaN": float("nan")}.items():
         happens = "dropped and counted in the report"
         change = _put("annotations", row, image_id=value)
         says = "1 annotation(s) of images not in the file are dropped"
@@ -417,10 +427,12 @@ def _sections() -> Iterator[Case]:
         for annotation in data["annotations"]:
             annotation["bbox"] = [1, 1, 0, 0]
 
-    for name, change in {"crowd regions only": all_crowd, "boxes without size": all_flat}.items():
-        says = f"no usable box among {2 * NUM_IMAGES} annotations"
-        happens = "counts the annotations"
-        yield _case("no usable box", name, happens, change, says, remedy="choose the file")
+    says = f"no usable box among {2 * NUM_IMAGES} annotations"
+    happens = "counts the annotations"
+    yield _case("no usable box", "no sizes", happens, all_flat, says, remedy="choose the file")
+    says = f"all {2 * NUM_IMAGES} annotations are crowd regions"
+    happens = "says so"
+    yield _case("crowd regions only", "all", happens, all_crowd, says, remedy="set iscrowd to 0")
 
     def no_boxes_in_image(data: dict[str, Any]) -> None:
         data["annotations"] = data["annotations"][2:]
@@ -473,10 +485,10 @@ def _files(rng: np.random.Generator) -> Iterator[Case]:
 
     def most(data: dict[str, Any]) -> None:
         for image in data["images"][1:]:
-            image["file_name"] = f"wrong/{image['file_name']}"
+            image["file_name"] = f"wrong/photo_{image['file_name']}"
 
-    says = (f"5 of {NUM_IMAGES} image files are not in", "wrong/2.png")
-    happens = "names the folder and the first file"
+    says = (f"5 of {NUM_IMAGES} image files are not in", "wrong/photo_2.png", "nearest name", "png")
+    happens = "names the folder, the first file and the nearest one"
     yield _case("most image files missing", "5 of 6", happens, most, *says, remedy="folder")
     happens = "kept, and reported"
     says = "1 file name(s) stand for more than one image"
@@ -551,7 +563,7 @@ def _not_json(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def _splits() -> Iterator[Case]:
-    def with_val(change: Change) -> Callable[[Path], str]:
+    def with_val(change: Change, expected: Sequence[int] = (0, 1)) -> Callable[[Path], str]:
         def run(folder: Path) -> str:
             data = healthy()
             (folder / FILE).write_text(json.dumps(data))
@@ -563,7 +575,7 @@ def _splits() -> Iterator[Case]:
             )
             expect(found.class_names == ("cat", "dog"), f"classes are {found.class_names}")
             labels = [a["category_id"] for a in DatasetCatalog.get(found.val)[0]["annotations"]]
-            expect(labels == [0, 1], f"labels of the evaluation are {labels}")
+            expect(labels == [*expected], f"labels of the evaluation are {labels}")
             return found.reports[1].table()
 
         return run
@@ -579,20 +591,38 @@ def _splits() -> Iterator[Case]:
         data["categories"] = [{"id": 3, "name": "cat"}]
         data["annotations"] = [a for a in data["annotations"] if a["category_id"] == 3]
 
+    def used(data: dict[str, Any]) -> None:
+        _more_categories(data)
+        data["annotations"][0]["category_id"] = 8
+
     happens = "matched by name, and reported"
-    says = ("category ids or their order differ",)
     title = "evaluation file of other category ids"
+    says = ("category ids or their order differ",)
     yield Case("annotations", title, "swapped", happens, with_val(swapped), says)
-    title = "evaluation file of other classes"
-    for name, change, said in (
-        ("more", _more_categories, "adds ['ghost']"),
-        ("fewer", fewer, "lacks ['dog']"),
-        ("other case", _put("categories", 0, name="Dog"), "lacks ['dog'] and adds ['Dog']"),
+    happens = "accepted, and reported"
+    for title, change, says in (
+        (
+            "evaluation file of other classes, which it does not use",
+            _more_categories,
+            "unused classes that the training split lacks are left out: ['ghost']",
+        ),
+        (
+            "evaluation file of fewer classes",
+            fewer,
+            "classes that only the training split declares: dog",
+        ),
+        (
+            "evaluation file of classes spelled otherwise",
+            _put("categories", 0, name="Dog"),
+            "classes spelled differently in the training split: 'Dog' is 'dog'",
+        ),
     ):
-        happens = "names the classes"
-        run = with_val(change)
-        says = ("val.json", said)
-        yield Case("annotations", title, name, happens, run, says, "declare the same")
+        labels = [0] if change is fewer else [0, 1]
+        yield Case("annotations", title, "one", happens, with_val(change, labels), (says,))
+    title = "evaluation file with boxes of other classes"
+    happens = "names and counts them"
+    says = ("val.json", "adds ['ghost']", "1 box(es) of 'ghost'")
+    yield Case("annotations", title, "one", happens, with_val(used), says, "declare the same")
 
 
 def _folders() -> Iterator[Case]:
@@ -601,16 +631,16 @@ def _folders() -> Iterator[Case]:
             for file in files:
                 (folder / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
                 (folder / "mine" / file).write_text(json.dumps(healthy()))
-            register_coco_folder(folder / "mine", output_dir=folder)
+            register_dataset(folder / "mine", output_dir=folder)
             return ""
 
         return Case("annotations", title, name, "says what to do", run, ("mine", says), remedy)
 
     title = "folder"
     yield folder_case(title, "absent", "no such folder", "check the path")
-    yield folder_case(title, "empty", "no training", "layouts", "readme.txt")
+    yield folder_case(title, "another one", "no training", "layouts", "readme.txt")
     said = "no evaluation annotations"
-    yield folder_case(title, "no evaluation", said, "coco_split", "annotations/train.json")
+    yield folder_case(title, "no evaluation", said, "--val-fraction", "annotations/train.json")
     said = "several files could be the train annotations"
     years = [f"annotations/instances_train{year}.json" for year in (2014, 2017)]
     yield folder_case(title, "ambiguous", said, "keep one of them", *years)

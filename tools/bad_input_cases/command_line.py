@@ -40,10 +40,17 @@ def _rows() -> Iterator[Case]:
         yield _case("configuration file", name, words, says, remedy)
     for name, words, says, remedy in (
         ("absent", ("--data", "{folder}/absent"), "absent", "check the path"),
-        ("empty", ("--data", "{folder}"), "no training annotations", "layouts"),
+        ("empty", ("--data", "{folder}"), "no training annotations", "check the path"),
         ("twice", ("--data", "a", "--train-json", "b"), "--data DIR or --train-json", "not both"),
         ("no training", ("--val-json", "b"), "--val-json", "needs --train-json"),
         ("no evaluation", ("--train-json", "b"), "--train-json", "--evaluate-on-train"),
+        ("nothing to divide", ("--val-fraction", "0.2"), "--val-fraction", "--data PATH"),
+        (
+            "divided and not divided",
+            ("--train-json", "b", "--val-fraction", "0.2", "--evaluate-on-train"),
+            "--val-fraction",
+            "needs one of",
+        ),
     ):
         yield _case("data", name, words, says, remedy)
     for name, words, says, remedy in (
