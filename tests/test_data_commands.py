@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from asag.engine.commands import build_parser, main, register_data
 from data_support import WIDTH, write_roboflow
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.logger import setup_logger
@@ -16,8 +15,10 @@ from test_data_formats import write_voc, write_yolo
 
 from asag.data import image_check, register_dataset
 from asag.data.image_io import MAX_PIXELS
+from asag.engine.defaults import register_data
 from asag.report.run import RunRecord
 from asag.visualization.pictures import _file_stem
+from train_net import build_parser, main
 
 
 @pytest.fixture(autouse=True)

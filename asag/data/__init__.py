@@ -11,7 +11,6 @@ from asag.data.mapper import SparseDetectionMapper
 from asag.data.registration import RegisteredDataset, register_coco_splits, register_dataset
 from asag.data.shapes import ShapesSpec, register_shapes
 
-
 __all__ = [
     "CocoSplit",
     "DataChecks",
