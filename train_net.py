@@ -38,13 +38,14 @@ from asag.engine.defaults import (
     is_first_process,
     register_data,
     report_error,
+    start_trainer,
     use_data,
 )
+from asag.engine.fine_tuning import SMALL_DATA
 from asag.engine.hooks import BEST_WEIGHTS, FINAL_WEIGHTS, box_ap
 from asag.engine.launch import launch, resume_if_restarted, started_by_torchrun
 from asag.engine.memory import NotEnoughMemoryError
 from asag.engine.step import unwrap
-from asag.files import atomic_writer
 from asag.inference.tta import check_test_augmentation
 from asag.report.record import report_training, write_record
 from asag.visualization.pictures import save_curves
@@ -54,15 +55,18 @@ from asag.visualization.pictures import save_curves
 GRACE = 15.0
 
 EPILOG = f"""
---config-file takes a path or a file below configs/ (default {DEFAULT_CONFIG}),
+--config-file takes a path or a file below configs/ (default {SMALL_DATA}
+for data of your own, {DEFAULT_CONFIG} for generated images),
 --num-gpus the processes of this machine: one a GPU, on the CPU where there is none; 0 is CPU.
 
 Examples:
   train_net.py                                         a small detector on generated images
-  train_net.py --data DIR                              ... on your images: COCO, VOC or YOLO
+  train_net.py --data PATH                             your images: COCO, Pascal VOC or YOLO
+  train_net.py --data PATH MODEL.TIMM.WEIGHTS ""       ... without ImageNet weights
+  train_net.py --data PATH --model NAME                fine-tune a detector of the model zoo
   train_net.py --config-file FILE --num-gpus 8         a recipe, on eight GPUs
-  train_net.py --data DIR --overfit-check              can it overfit four of them?
-  train_net.py --data DIR MODEL.WEIGHTS model.pth      fine-tune a trained detector
+  train_net.py --data PATH --overfit-check             can it overfit four of them?
+  train_net.py --data PATH MODEL.WEIGHTS model.pth     fine-tune a trained detector
   train_net.py --config-file FILE --resume             go on after an interruption
   train_net.py --config-file FILE --eval-only MODEL.WEIGHTS model.pth
   torchrun --nproc-per-node 8 train_net.py --config-file FILE
@@ -75,7 +79,7 @@ logger = logging.getLogger("asag.train_net")
 def build_parser() -> argparse.ArgumentParser:
     """Builds Detectron2's parser with the options for data of one's own and the overfit check."""
     parser = default_argument_parser(EPILOG)
-    parser.set_defaults(config_file=DEFAULT_CONFIG, dist_url="auto")
+    parser.set_defaults(config_file="", dist_url="auto")
     add_data_arguments(parser)
     check = parser.add_argument_group("overfit check")
     check.add_argument(
@@ -97,14 +101,9 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
         cfg: with overrides, frozen.
         recipe: the configuration file as it stands, to report what was changed in it.
     """
-    check_weights(cfg)
-    trainer = Trainer(cfg, recipe=recipe)
-    logger.info(trainer.schedule.summary())
-    trainer.resume_or_load(resume=args.resume)
-    if comm.is_main_process():  # not before: a refused --resume leaves the run as it is
-        with atomic_writer(Path(cfg.OUTPUT_DIR) / "config.yaml") as file:
-            file.write(trainer.cfg.dump())
-        write_record(trainer.cfg, recipe, args.config_file)
+    trainer = start_trainer(cfg, recipe, resume=args.resume)
+    if comm.is_main_process():
+        write_record(trainer.cfg, recipe, args.config_file or args.model)
     results = trainer.train()
     if results is None:
         return

@@ -42,11 +42,11 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 CAMERA_FILE = "webcam.mp4"
-DEFAULT_MODEL = "sparse_rcnn_tiny_shapes"  # comes with the library; knows generated shapes only
+DEFAULT_MODEL = model_zoo.PHOTOGRAPHS  # comes with the library
 
 EXAMPLES = """\
 examples:
-  # what the small model that comes with the library sees
+  # people and animals in photographs, by the small model that comes with the library
   demo.py photos/
 
   # all pictures and videos below a folder, drawn into output/demo

@@ -234,7 +234,8 @@ def test_killed_process_is_resumed(tmp_path, coco_folder):
     """The whole program, killed without warning, then told to resume."""
     command = [sys.executable, str(ROOT / "train_net.py")]
     options = {"SOLVER__CHECKPOINT_PERIOD": 2, "TEST__NUM_PICTURES": 0}
-    argv = ["--data", str(coco_folder), *tiny_options(tmp_path, **options, SOLVER__MAX_ITER=100000)]
+    data = ["--data", str(coco_folder)]
+    argv = arguments(tmp_path, *data, **options, SOLVER__MAX_ITER=100000)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([*command, *argv], env=env, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
@@ -244,8 +245,7 @@ def test_killed_process_is_resumed(tmp_path, coco_folder):
         process.send_signal(signal.SIGKILL)
     last = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
     done = last["trainer"]["iteration"] + 1
-    argv = ["--data", str(coco_folder), "--resume"]
-    argv += tiny_options(tmp_path, **options, SOLVER__MAX_ITER=done + 2)
+    argv = arguments(tmp_path, *data, "--resume", **options, SOLVER__MAX_ITER=done + 2)
     assert main(argv) == 0
     assert f"resumed at iteration {done} of {done + 2}" in (tmp_path / "log.txt").read_text()
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"

@@ -20,7 +20,7 @@ from asag.engine import Trainer
 from asag.engine.hooks import BestResult, Curves, box_ap
 from asag.engine.writers import ConsolePrinter
 from asag.evaluation import build_evaluator
-from asag.evaluation.coco import CocoBoxEvaluator, choose_backend, evaluate_boxes
+from asag.evaluation.coco import CocoBoxEvaluator, ap50_by_class, choose_backend, evaluate_boxes
 from asag.visualization.pictures import save_pictures, spread
 
 IMAGES, CLASSES = 40, 5
@@ -113,6 +113,10 @@ def test_perfect_detections_give_full_ap(tmp_path, backend):
     assert results["AP"] == results["AP50"] == pytest.approx(100)
     assert results["AP-circle"] == pytest.approx(100)
     written = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    ground_truth = COCO(MetadataCatalog.get("engine_shapes_val").json_file)
+    first_class_only = [x for x in written if x["category_id"] == 1]
+    evaluation = evaluate_boxes(ground_truth, first_class_only, backend="pycocotools")
+    assert ap50_by_class(evaluation) == [pytest.approx(100), 0]
     assert {r["category_id"] for r in written} <= {1, 2}, "ids of the file, not of the model"
 
 

@@ -201,7 +201,11 @@ def test_packaged_weights_are_what_their_record_says(record):
     loaded = torch.load(file, weights_only=True)
     assert loaded.keys() == {"model", "class_names"}
     assert loaded["class_names"] == said["class_names"]
-    assert {v.dtype for v in loaded["model"].values()} <= {torch.float32, torch.int64}
+    assert {v.dtype for v in loaded["model"].values()} <= {
+        torch.float32,
+        torch.float16,
+        torch.int64,
+    }
 
 
 class TestPackaging:
@@ -250,6 +254,26 @@ class TestPackaging:
         assert loaded.keys() == {"model", "class_names"}
         original = torch.load(model_zoo.entry(OWN).weights)["model"]
         assert all(torch.equal(loaded["model"][k], v) for k, v in original.items())
+
+    def test_half_precision_on_disk_is_single_precision_in_a_model(self, run, monkeypatch):
+        monkeypatch.setattr(package_checkpoint, "evaluate", lambda cfg, weights: {})
+        assert package_checkpoint.main(self.arguments(run, "--half")) == 0
+        file = run.parent / "out" / "new.pth"
+        stored = torch.load(file, weights_only=True)["model"]
+        assert {v.dtype for v in stored.values()} == {torch.float16, torch.int64}
+        model = build_model(model_zoo.config(TINY, ["MODEL.DEVICE", "cpu"]))
+        load_weights(model, str(file))
+        loaded = model.state_dict()
+        assert all(torch.equal(loaded[k], v.to(loaded[k])) for k, v in stored.items())
+        assert {v.dtype for v in loaded.values()} == {torch.float32, torch.int64}
+
+    def test_refuses_numbers_that_half_precision_cannot_hold(self, run, capsys):
+        loaded = torch.load(run / "model_best.pth")
+        name = next(iter(loaded["model"]))
+        loaded["model"][name].view(-1)[0] = 1e6
+        torch.save(loaded, run / "model_best.pth")
+        assert package_checkpoint.main(self.arguments(run, "--half")) == 2
+        assert f"{name} has entries that are not finite in torch.float16" in capsys.readouterr().err
 
     def test_refuses_numbers_that_are_not_finite(self, run, capsys):
         loaded = torch.load(run / "model_best.pth")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from engine_support import register_tiny_shapes, tiny_options, write_coco_folder
+from engine_support import CONFIG, register_tiny_shapes, tiny_options, write_coco_folder
 
 import train_net
 from asag import get_asag_cfg
@@ -201,7 +201,7 @@ def options_of(path: Path) -> set[str]:
 
 
 def test_a_refused_resume_leaves_the_run_as_it_is(tmp_path, capsys):
-    data = ["--data", str(write_coco_folder(tmp_path / "mine"))]
+    data = ["--config-file", str(CONFIG), "--data", str(write_coco_folder(tmp_path / "mine"))]
     register_tiny_shapes()
     run = tmp_path / "run"
     assert main([*data, *tiny_options(run, SOLVER__MAX_ITER=1)]) == 0

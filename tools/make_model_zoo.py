@@ -136,7 +136,7 @@ def recipe_facts(entry: Entry) -> Figures:
     return {
         "fingerprint": fingerprint([said, entry.options]),
         "model_fingerprint": fingerprint([model, entry.options]),
-        "epochs": cfg.SOLVER.EPOCHS,
+        "epochs": cfg.SOLVER.EPOCHS or cfg.SOLVER.BY_DATA.EPOCHS,
         "queries": queries(cfg),
         "input": "x".join(map(str, input_size(cfg))),
     }

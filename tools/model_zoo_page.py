@@ -16,7 +16,7 @@ Written by `python tools/make_model_zoo.py`; do not edit. Names are those of `as
 from asag import Detector, model_zoo
 
 model = model_zoo.get("conditional_detr_r50_50ep", pretrained="downloaded.pth")
-detector = Detector.from_pretrained("sparse_rcnn_tiny_shapes")
+detector = Detector.from_pretrained()  # knows photographs of people and animals
 ```
 
 "AP, published" is what the paper's table says; **nobody has trained the COCO and CrowdHuman
@@ -73,7 +73,7 @@ def _own_table(entries: Iterable[Entry]) -> str:
     for entry in entries:
         record = entry.training
         trained, reached = record["training"], record["evaluation"]
-        options = " ".join(entry.options)
+        options = " ".join(x or '""' for x in entry.options)
         rows.append(
             [
                 f"`{entry.name}`",
@@ -89,7 +89,20 @@ def _own_table(entries: Iterable[Entry]) -> str:
         )
     header = ["name", "configuration", "AP", "AP50", "of", "training", "file"]
     notes = [f"`{x.name}`: {x.training['note']}\n" for x in entries if x.training.get("note")]
-    return "\n".join([_table(header, rows), *notes])
+    tables = [_class_table(x) for x in entries if "classes" in x.training["evaluation"]]
+    return "\n".join([_table(header, rows), *notes, *tables])
+
+
+def _class_table(entry: Entry) -> str:
+    """AP50 of every class that the evaluation's images have."""
+    reached = entry.training["evaluation"]
+    there = {k: x for k, x in reached["classes"].items() if x["objects"]}
+    rows = [
+        ["AP50", *(f"{x['AP50']:.1f}" for x in there.values())],
+        ["objects", *(str(x["objects"]) for x in there.values())],
+    ]
+    head = f"`{entry.name}` by class, on the {reached['images']} images of {reached['dataset']}:\n"
+    return f"{head}\n{_table(['', *there], rows)}"
 
 
 def _recipe_table(entries: Iterable[Entry], models: Mapping[str, Any]) -> str:

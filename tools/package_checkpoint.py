@@ -6,15 +6,19 @@
         --command "make demo" --commit HASH --date 2026-11-21 --hardware "CPU, 2 cores"
 
 Writes asag/model_zoo/weights/NAME.pth, with parameters and class names only, and NAME.json, which
-says how they were trained and what an evaluation of the packaged file reached just now. Run
-`python tools/make_model_zoo.py` afterwards.
+says how they were trained and what an evaluation of the packaged file reached just now, on
+DATASETS.TEST of the recipe or on the validation images of --data. --half stores float16; models
+compute in float32 with them. Run `python tools/make_model_zoo.py` afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,19 +30,23 @@ sys.path.insert(0, str(ROOT))
 
 from asag.checkpoint.loading import load_weights  # noqa: E402
 from asag.config.loading import differences, find_config, load_config  # noqa: E402
+from asag.data import register_coco_folder  # noqa: E402
 from asag.engine.trainer import Trainer  # noqa: E402
+from asag.evaluation.coco import RESULTS_FILE, ap50_by_class, evaluate_boxes  # noqa: E402
 from asag.files import atomic_writer  # noqa: E402
 from asag.model_zoo.entries import WEIGHTS  # noqa: E402
 
 import torch  # noqa: E402
 from detectron2.config import CfgNode  # noqa: E402
+from detectron2.data import MetadataCatalog  # noqa: E402
+from pycocotools.coco import COCO  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-MAX_BYTES = 10_000_000
+MAX_BYTES = 15_000_000
 # What decides how a trained model works on a picture; all else of a run is about its training.
 INFERENCE_KEYS = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.FORMAT")
 INFERENCE_KEYS += ("TEST.DETECTIONS_PER_IMAGE",)
-NOT_OF_THE_MODEL = ("MODEL.WEIGHTS", "MODEL.DEVICE", "MODEL.COMPILE")
+NOT_OF_THE_MODEL = ("MODEL.WEIGHTS", "MODEL.TIMM.WEIGHTS", "MODEL.DEVICE", "MODEL.COMPILE")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,6 +75,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--commit", required=True, help="of this repository, that the training ran with")
     add("--date", required=True, help="of the training, YYYY-MM-DD")
     add("--hardware", required=True)
+    add("--data", type=Path, metavar="DIR", help="folder that the run was trained on (--data)")
+    add("--half", action="store_true", help="store float16: half the size")
     add("--note", default="", help="what else a user should know")
     add("--output", type=Path, default=WEIGHTS, metavar="DIR", help="default: the library's own")
     return parser.parse_args(arguments)
@@ -88,7 +98,8 @@ def package(args: argparse.Namespace) -> dict[str, Any]:
     source = torch.load(args.run / args.weights, map_location="cpu", weights_only=True)
     args.output.mkdir(parents=True, exist_ok=True)
     target = args.output / f"{args.name}.pth"
-    stripped = {"model": strip(source["model"]), "class_names": list(source["class_names"])}
+    dtype = torch.float16 if args.half else torch.float32
+    stripped = {"model": strip(source["model"], dtype), "class_names": list(source["class_names"])}
     with tempfile.TemporaryDirectory() as scratch:
         candidate = Path(scratch) / target.name
         torch.save(stripped, candidate)
@@ -97,6 +108,8 @@ def package(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{size} bytes; weights in the library have {MAX_BYTES} at most")
         fixed = ["OUTPUT_DIR", scratch, "MODEL.DEVICE", "cpu"]
         cfg = load_config(str(recipe_file), [*options, *fixed])
+        if args.data:
+            cfg.DATASETS.TEST = (register_coco_folder(args.data, output_dir=scratch).val,)
         evaluation = evaluate(cfg, candidate)
     with atomic_writer(target, "wb") as file:
         torch.save(stripped, file)
@@ -124,16 +137,17 @@ def package(args: argparse.Namespace) -> dict[str, Any]:
     return record
 
 
-def strip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters and buffers in float32, each with memory of its own.
+def strip(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Parameters and buffers in `dtype`, each with memory of its own.
 
     Raises:
-        ValueError: a tensor has NaN or infinite entries.
+        ValueError: a tensor has entries that are NaN, infinite, or too large for `dtype`.
     """
-    for name, value in state.items():
+    stripped = {k: (v.to(dtype) if v.is_floating_point() else v).clone() for k, v in state.items()}
+    for name, value in stripped.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise ValueError(f"{name} has entries that are not finite")
-    return {k: (v.float() if v.is_floating_point() else v).clone() for k, v in state.items()}
+            raise ValueError(f"{name} has entries that are not finite in {dtype}")
+    return stripped
 
 
 def overrides(recipe: CfgNode, run: CfgNode) -> list[str]:
@@ -143,17 +157,42 @@ def overrides(recipe: CfgNode, run: CfgNode) -> list[str]:
         of_the_model = key.startswith("MODEL.") and key not in NOT_OF_THE_MODEL
         if of_the_model or key in INFERENCE_KEYS:
             words += [key, str(value)]
+    if recipe.MODEL.TIMM.WEIGHTS:  # where the training started; the weights come with the name
+        words += ["MODEL.TIMM.WEIGHTS", ""]
     return words
 
 
 def evaluate(cfg: CfgNode, weights: Path) -> dict[str, Any]:
-    """What the file reaches on the first data set of DATASETS.TEST, in percent."""
-    cfg.DATASETS.TEST = cfg.DATASETS.TEST[:1]
+    """What the file reaches on the first data set of DATASETS.TEST, in percent, with the number of
+    its images and objects of each class beside."""
+    name = cfg.DATASETS.TEST[0]
+    cfg.DATASETS.TEST = (name,)
     cfg.TEST.NUM_PICTURES = 0
+    cfg.MODEL.WEIGHTS = str(weights)
     model = Trainer.build_model(cfg)
     load_weights(model, str(weights))
     (metrics,) = Trainer.test(cfg, model).values()
-    return {"dataset": cfg.DATASETS.TEST[0]} | {k: round(float(v), 4) for k, v in metrics.items()}
+    finite = {k: round(float(v), 4) for k, v in metrics.items() if math.isfinite(float(v))}
+    record = {"dataset": name} | finite
+    return record | by_class(name, Path(cfg.OUTPUT_DIR) / "inference" / RESULTS_FILE)
+
+
+def by_class(dataset: str, results: Path) -> dict[str, Any]:
+    """Number of images, and of every class the AP50 and the number of objects."""
+    meta = MetadataCatalog.get(dataset)
+    with contextlib.redirect_stdout(io.StringIO()):
+        gt = COCO(meta.json_file)
+    found = evaluate_boxes(gt, json.loads(results.read_text(encoding="utf-8")))
+    names = [x["name"] for x in gt.loadCats(gt.getCatIds())]
+    ap50 = ap50_by_class(found)
+    objects = [len(gt.getAnnIds(catIds=[x], iscrowd=False)) for x in gt.getCatIds()]
+    return {
+        "images": len(gt.getImgIds()),
+        "classes": {
+            name: {"AP50": None if math.isnan(ap) else round(ap, 1), "objects": count}
+            for name, ap, count in zip(names, ap50, objects, strict=True)
+        },
+    }
 
 
 if __name__ == "__main__":

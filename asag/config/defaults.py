@@ -71,6 +71,13 @@ def _add_solver(cfg: CN) -> None:
     # set; 0 uses MAX_ITER and STEPS as they are.
     s.EPOCHS = 0.0
     s.EPOCH_STEPS = ()
+    # Length of training by the size of the data, where EPOCHS is 0 and BY_DATA.EPOCHS is positive:
+    # that many passes over the training set, but at least MIN_ITERS and at most MAX_ITERS
+    # iterations (0 is no limit). Small data sets get more passes, large ones fewer.
+    s.BY_DATA = CN()
+    s.BY_DATA.EPOCHS = 0.0
+    s.BY_DATA.MIN_ITERS = 0
+    s.BY_DATA.MAX_ITERS = 0
     # Batch size for which BASE_LR was chosen, and scaling of BASE_LR for other batch sizes: "none",
     # "linear" or "sqrt".
     s.REFERENCE_BATCH = 16
@@ -93,6 +100,9 @@ def _add_solver(cfg: CN) -> None:
 
 
 def _add_test(cfg: CN) -> None:
+    # Number of evaluations during training, evenly spread, the last one at its end, where
+    # EVAL_PERIOD (in iterations) is 0; 0 and 0 is a single one at the end.
+    cfg.TEST.NUM_EVALUATIONS = 0
     # Validation images drawn with their predictions after each evaluation.
     cfg.TEST.NUM_PICTURES = 8
     # Write report.html at the end of training: results, curves, best and worst images, data.

@@ -43,9 +43,20 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
         ValueError: a value has the wrong type, or the number of override words is odd.
     """
     cfg = get_asag_cfg()
+    _merge(cfg, _read_yaml(config_file), config_file)
+    merge_options(cfg, options)
+    return cfg
+
+
+def merge_options(cfg: CN, options: Sequence[str]) -> None:
+    """Merges KEY VALUE overrides into a configuration, in place.
+
+    Raises:
+        KeyError: an unknown key; the message names it and the nearest known ones.
+        ValueError: a value of the wrong type, or an odd number of override words.
+    """
     if len(options) % 2:
         raise ValueError(f"overrides come in pairs KEY VALUE, got {list(options)}")
-    _merge(cfg, _read_yaml(config_file), config_file)
     given = CN({})
     for key, value in zip(options[::2], options[1::2], strict=True):
         node = given
@@ -56,7 +67,6 @@ def load_config(config_file: str, options: Sequence[str] = ()) -> CN:
                 raise KeyError(f"unknown configuration key {key} in the command line")
         node[leaf] = CN._decode_cfg_value(value)
     _merge(cfg, given, "the command line")
-    return cfg
 
 
 def differences(before: CN, now: CN) -> Changes:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
-from ..config import find_config, load_config
+from ..config import check_config, find_config, load_config
 from ..data import (
     CocoSplit,
     DataChecks,
@@ -26,17 +28,27 @@ from ..data import (
 )
 from ..data.catalog import check_images
 from ..files import atomic_writer
+from .fine_tuning import SMALL_DATA, check_start, fine_tuning_config, learn_all_from_scratch
 from .launch import started_by_torchrun
+from .trainer import Trainer
 from .writers import keep_files_plain
 
-DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
+DEFAULT_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"  # without data of one's own
 USER_ERROR = 2  # exit code for errors that the user can fix
+
+logger = logging.getLogger(__name__)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `register_data` reads."""
     data = parser.add_argument_group("data of your own, in COCO, Pascal VOC or YOLO format")
     data.add_argument("--data", metavar="PATH", help="folder, data.yaml, COCO json or zip")
+    data.add_argument(
+        "--model",
+        metavar="NAME",
+        help="fine-tune a trained detector: a name of the model zoo (MODEL_ZOO.md), or the folder "
+        "of a run; classes of equal name keep their weights",
+    )
     data.add_argument("--evaluate-on-train", action="store_true", help="there is no other split")
     data.add_argument(
         "--val-fraction",
@@ -57,24 +69,44 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 def configure(args: argparse.Namespace) -> tuple[CfgNode, CfgNode]:
     """Reads the configuration with overrides (not frozen), and the file's own.
 
-    OUTPUT_DIR is output/<name of the file> unless the file or the command line says otherwise.
+    OUTPUT_DIR is output/<name of the file or of --model> unless the file or the command line says
+    otherwise.
 
     Raises:
         ValueError: an unknown file or value, or an override that would do nothing.
     """
-    path = find_config(args.config_file)
-    recipe = load_config(str(path))
-    cfg = load_config(str(path), args.opts or ())
-    without_effect = {"SOLVER.MAX_ITER", "SOLVER.STEPS"} & set((args.opts or [])[::2])
-    if without_effect and cfg.SOLVER.EPOCHS > 0:
-        raise ValueError(
-            f"{min(without_effect)} has no effect while SOLVER.EPOCHS is {cfg.SOLVER.EPOCHS:g}: "
-            "set SOLVER.EPOCHS instead, or add SOLVER.EPOCHS 0 to count in iterations"
-        )
+    say = print if is_first_process() else lambda *_: None
+    options = args.opts or ()
+    if args.model and args.config_file:
+        raise ValueError("pass either --model NAME or --config-file FILE, not both")
+    if args.model:
+        cfg, recipe = fine_tuning_config(args.model, options, say)
+        name = Path(args.model).stem
+    else:
+        own_data = args.data or args.train_json
+        path = find_config(args.config_file or (SMALL_DATA if own_data else DEFAULT_CONFIG))
+        args.config_file, name = str(path), path.stem
+        cfg, recipe = load_config(args.config_file, options), load_config(args.config_file)
+    _check_length(cfg, options)
     cfg.defrost()
     if cfg.OUTPUT_DIR == "./output":  # Detectron2's default
-        cfg.OUTPUT_DIR = os.path.join("output", path.stem)
+        cfg.OUTPUT_DIR = os.path.join("output", name)
+    if not args.eval_only:
+        learn_all_from_scratch(cfg, say)
+        check_start(cfg)
     return cfg, recipe
+
+
+def _check_length(cfg: CfgNode, options: Sequence[str]) -> None:
+    """Raises ValueError for lengths on the command line that others overrule."""
+    solver, given = cfg.SOLVER, set(options[::2])
+    if without_effect := {"SOLVER.MAX_ITER", "SOLVER.STEPS"} & given:
+        for key, value in (("EPOCHS", solver.EPOCHS), ("BY_DATA.EPOCHS", solver.BY_DATA.EPOCHS)):
+            if value > 0:
+                raise ValueError(
+                    f"{min(without_effect)} has no effect while SOLVER.{key} is {value:g}: set "
+                    f"SOLVER.EPOCHS instead, or add SOLVER.{key} 0 to count in iterations"
+                )
 
 
 def choose_device(cfg: CfgNode, num_gpus: int, say: Any = print) -> bool:
@@ -182,6 +214,54 @@ def check_weights(cfg: CfgNode) -> None:
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not os.path.isfile(weights):
         raise ValueError(f"MODEL.WEIGHTS = {weights}: no such file")
+
+
+def start_trainer(cfg: CfgNode, recipe: CfgNode, resume: bool = False) -> Trainer:
+    """Builds a trainer, loads or resumes its weights, and writes config.yaml into OUTPUT_DIR.
+
+    Args:
+        cfg: of the run, frozen.
+        recipe: the configuration without overrides.
+        resume: continue from the last checkpoint of OUTPUT_DIR.
+
+    Raises:
+        ValueError: a configuration that cannot work, or a checkpoint that cannot be resumed.
+    """
+    check_weights(cfg)
+    trainer = Trainer(cfg, recipe=recipe)
+    logger.info(trainer.schedule.summary())
+    trainer.resume_or_load(resume=resume)
+    if comm.is_main_process():  # not before: a refused --resume leaves the run as it is
+        with atomic_writer(Path(cfg.OUTPUT_DIR) / "config.yaml") as file:
+            file.write(trainer.cfg.dump())
+    return trainer
+
+
+def train_on(data: str | os.PathLike[str], model: str, options: Sequence[str] = ()) -> Path:
+    """Fine-tunes a detector on custom data in this process, for Python programs.
+
+    Args:
+        data: see `asag.data.register_dataset`.
+        model: name or folder of a trained detector.
+        options: KEY VALUE words.
+
+    Returns:
+        The folder of the run.
+
+    Raises:
+        ValueError, KeyError, OSError: as the command line would report them.
+    """
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    args = parser.parse_args(["--data", os.fspath(data), "--model", model])
+    args.config_file, args.opts, args.eval_only = "", list(options), False
+    cfg, recipe = configure(args)
+    check_config(cfg)
+    use_data(cfg, register_data(args, cfg))
+    cfg.freeze()
+    default_setup(cfg)
+    start_trainer(cfg, recipe).train()
+    return Path(cfg.OUTPUT_DIR)
 
 
 def report_error(error: Exception) -> int:

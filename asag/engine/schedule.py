@@ -32,6 +32,7 @@ class Schedule:
         steps: iterations at which the learning rate drops by SOLVER.GAMMA.
         base_lr: learning rate after scaling.
         warmup_iters: iterations of warm-up.
+            eval_period: iterations between two evaluations; 0 is one at the end.
         notes: changes to the configured values, one sentence each.
         warnings: likely mistakes, one sentence each.
     """
@@ -42,6 +43,7 @@ class Schedule:
     steps: tuple[int, ...]
     base_lr: float
     warmup_iters: int
+    eval_period: int = 0
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -69,10 +71,12 @@ def resolve_schedule(
 ) -> tuple[CfgNode, Schedule]:
     """Converts epochs to iterations and scales the learning rate; idempotent.
 
-    SOLVER.EPOCHS and EPOCH_STEPS become MAX_ITER and STEPS (with EPOCHS 0 those are used
-    unchanged), SOLVER.SCALE_LR adapts BASE_LR from REFERENCE_BATCH to IMS_PER_BATCH. The warm-up
-    remains a number of iterations, because the optimizer's moment estimates need steps rather than
-    images; it is shortened to at most a quarter of the run.
+        SOLVER.EPOCHS and EPOCH_STEPS become MAX_ITER and STEPS. EPOCHS of 0 leaves the length to
+    SOLVER.BY_DATA, within its bounds; where that is off as well, MAX_ITER and STEPS hold as they
+    stand. Where TEST.EVAL_PERIOD is 0, TEST.NUM_EVALUATIONS decides about it. SOLVER.SCALE_LR
+    adapts BASE_LR from REFERENCE_BATCH to IMS_PER_BATCH. The warm-up stays a number of iterations,
+    because the optimizer's moment estimates need steps rather than images; it is shortened to a
+    quarter of a training that is too short for it.
 
     Args:
         cfg: not changed.
@@ -105,10 +109,13 @@ def resolve_schedule(
             "linear (or sqrt) adapts it"
         )
     iterations, steps = solver.MAX_ITER, tuple(solver.STEPS)
+    per_epoch = num_images / solver.IMS_PER_BATCH
     if solver.EPOCHS > 0:
-        per_epoch = num_images / solver.IMS_PER_BATCH
         iterations = max(1, round(solver.EPOCHS * per_epoch))
         steps = tuple(round(epoch * per_epoch) for epoch in solver.EPOCH_STEPS)
+    elif solver.BY_DATA.EPOCHS > 0:
+        iterations, note = _length_by_data(solver.BY_DATA, per_epoch)
+        notes += note
     reachable = tuple(sorted({step for step in steps if 0 < step < iterations}))
     if reachable != steps:
         notes.append(f"of the drops at {steps}, only {reachable} are within the run")
@@ -123,6 +130,7 @@ def resolve_schedule(
         steps=reachable,
         base_lr=base_lr,
         warmup_iters=warmup,
+        eval_period=_eval_period(cfg.TEST, iterations),
         notes=tuple(notes),
         warnings=_warnings(base_lr, solver, (recipe or cfg).SOLVER),
     )
@@ -146,6 +154,12 @@ def check_solver(cfg: CfgNode) -> None:
     for key in ("EPOCHS", "WARMUP_ITERS", "WEIGHT_DECAY"):
         if not (s[key] >= 0 and math.isfinite(s[key])):
             raise ValueError(f"SOLVER.{key} is {s[key]}; it must be zero or a positive number")
+    low, high = s.BY_DATA.MIN_ITERS, s.BY_DATA.MAX_ITERS
+    if high and low > high:
+        raise ValueError(
+            f"SOLVER.BY_DATA.MIN_ITERS is {low}; it must be at most SOLVER.BY_DATA.MAX_ITERS, "
+            f"{high} (0 is no limit)"
+        )
     if s.EPOCHS == 0 and s.MAX_ITER < 1:
         raise ValueError(f"SOLVER.MAX_ITER is {s.MAX_ITER}; it must be at least 1")
     epoch_steps = tuple(s.EPOCH_STEPS)
@@ -167,6 +181,27 @@ def _rises(steps: tuple[float, ...], end: float) -> bool:
 def _lr_factor(solver: CfgNode) -> float:
     ratio = solver.IMS_PER_BATCH / solver.REFERENCE_BATCH
     return {"none": 1.0, "linear": ratio, "sqrt": math.sqrt(ratio)}[solver.SCALE_LR]
+
+
+def _length_by_data(by_data: CfgNode, per_epoch: float) -> tuple[int, list[str]]:
+    """Iterations, and a note where a bound decided."""
+    wanted = max(1, round(by_data.EPOCHS * per_epoch))
+    iterations = max(wanted, by_data.MIN_ITERS)
+    if by_data.MAX_ITERS:
+        iterations = min(iterations, by_data.MAX_ITERS)
+    if iterations == wanted:
+        return iterations, []
+    bound = "MIN_ITERS" if iterations > wanted else "MAX_ITERS"
+    return iterations, [
+        f"{by_data.EPOCHS:g} epochs are {wanted} iterations, SOLVER.BY_DATA.{bound} makes it "
+        f"{iterations}; SOLVER.EPOCHS N trains N epochs whatever the size of the data"
+    ]
+
+
+def _eval_period(test: CfgNode, iterations: int) -> int:
+    if test.EVAL_PERIOD or not test.NUM_EVALUATIONS:
+        return test.EVAL_PERIOD
+    return math.ceil(iterations / test.NUM_EVALUATIONS)
 
 
 def _warnings(base_lr: float, solver: CfgNode, recipe: CfgNode) -> tuple[str, ...]:
@@ -193,6 +228,9 @@ def _with_schedule(cfg: CfgNode, schedule: Schedule) -> CfgNode:
     solver.WARMUP_ITERS = schedule.warmup_iters
     solver.EPOCHS = 0.0
     solver.EPOCH_STEPS = ()
+    solver.BY_DATA.EPOCHS = 0.0
+    resolved.TEST.EVAL_PERIOD = schedule.eval_period
+    resolved.TEST.NUM_EVALUATIONS = 0
     solver.REFERENCE_BATCH = schedule.batch
     solver.SCALE_LR = "none"
     if cfg.is_frozen():

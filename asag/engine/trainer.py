@@ -27,9 +27,11 @@ from ..checkpoint.checkpointer import AtomicCheckpointer
 from ..data import SparseDetectionMapper, build_train_loader
 from ..data.catalog import check_classes, check_registered, class_names, load_train_dicts
 from ..evaluation import build_evaluator
+from ..inference.deploy import merge_frozen_norms
 from ..inference.tta import DetectorWithTTA, check_test_augmentation
 from ..visualization.pictures import save_pictures
 from .ema import WeightAverage
+from .forecast import Forecast
 from .hooks import BestResult, Checkpointing, Curves, EarlyStopping, Evaluation
 from .memory import describe_batch, memory_advice, memory_check
 from .non_finite import NonFiniteGuard
@@ -123,8 +125,10 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The detector on MODEL.DEVICE."""
-        return build_model(cfg)
+        """The detector on MODEL.DEVICE, frozen norms computed with the convolutions before them."""
+        model = build_model(cfg)
+        merge_frozen_norms(model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -194,6 +198,7 @@ class Trainer(ResumableTrainer):
         found: list[HookBase | None] = [
             hooks.IterationTimer(),
             hooks.LRScheduler(self.optimizer, self.scheduler),
+            Forecast(),
             TrainingProgress.if_on_terminal(),
             Checkpointing(self.cfg.SOLVER.CHECKPOINT_PERIOD),
         ]

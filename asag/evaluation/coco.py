@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,13 @@ def _renumbered_result(
         "bbox": result["bbox"],
         "score": result["score"],
     }
+
+
+def ap50_by_class(evaluation: COCOeval) -> list[float]:
+    """AP at IoU 0.5 of every class in percent, in the order of category ids; NaN where the images
+    have none of it."""
+    precision = evaluation.eval["precision"][0, :, :, 0, -1]  # (recall thresholds, K)
+    return [
+        100 * float(column[column > -1].mean()) if (column > -1).any() else math.nan
+        for column in precision.T
+    ]

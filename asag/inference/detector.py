@@ -1,7 +1,7 @@
 """Detection in three lines: a detector by name, pictures of any kind, results that draw themselves.
 
     >>> from asag import Detector
-    >>> detector = Detector.from_pretrained("sparse_rcnn_tiny_shapes")
+    >>> detector = Detector.from_pretrained()
     >>> found = detector.predict("picture.png", threshold=0.3)
     >>> found.save("drawn.png")
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -148,17 +149,19 @@ class Detector:
     RGB unless `color_order="BGR"` says that they come from OpenCV.
     """
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Predictor, source: str | None = None) -> None:
         """
         Args:
             predictor: model, resize, class names; objects below its score threshold never appear.
+            source: where the model came from, see `from_pretrained`; None cannot be trained.
         """
         self.predictor = predictor
+        self.source = source
 
     @classmethod
     def from_pretrained(
         cls,
-        source: str | os.PathLike[str],
+        source: str | os.PathLike[str] = model_zoo.PHOTOGRAPHS,
         *,
         weights: str | os.PathLike[str] | None = None,
         device: str | None = None,
@@ -168,9 +171,10 @@ class Detector:
         """A detector with weights.
 
         Args:
-            source: a name of `asag.model_zoo.names()`; the folder of a training run; a file of
-                weights with config.yaml beside it; a yaml file; hf://owner/name[@revision][/file],
-                a Hugging Face repository with config.yaml.
+            source: default: the model that comes with the library and knows photographs of people
+                and animals. Or a name of `asag.model_zoo.names()`; the folder of a training run; a
+                file of weights with config.yaml beside it; a yaml file;
+                hf://owner/name[@revision][/file], a Hugging Face repository with config.yaml.
             weights: file or address of weights for the model that `source` names.
             device: "cpu", "cuda", ...; default: a GPU if there is one.
             batch_size: pictures that go through the model together, at most.
@@ -183,7 +187,11 @@ class Detector:
         """
         cfg = model_zoo.locate(source, weights=weights, options=options)
         cfg.MODEL.DEVICE = model_zoo.choose_device(device)
-        return cls(Predictor.from_config(cfg, batch_size=batch_size))
+        trainable = weights is None and not options
+        return cls(
+            Predictor.from_config(cfg, batch_size=batch_size),
+            source=os.fspath(source) if trainable else None,
+        )
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -223,6 +231,48 @@ class Detector:
             return self._detect(list(_all_to_rgb(images, color_order)), threshold)
         (found,) = self._detect([to_rgb(images, color_order)], threshold)
         return found
+
+    def train(
+        self,
+        data: str | os.PathLike[str],
+        *,
+        epochs: float | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
+        options: Sequence[str] = (),
+    ) -> tuple[Detector, Path]:
+        """Fine-tunes the model on images of one's own, as `train_net.py --data DIR --model NAME`
+        does; this detector stays as it is.
+
+        Args:
+            data: folder in COCO format, in one of the usual layouts.
+            epochs: passes over the training images; default: as many as suit their number.
+            output_dir: folder of the run; default: output/<name of the model>.
+            options: KEY VALUE words that override the configuration.
+
+        Returns:
+            A detector of the best weights, and the folder of the run. Classes are those of the
+            data; what the model knew of those of equal name is kept.
+
+        Raises:
+            DatasetError: the files cannot be used.
+            ValueError: the detector was not loaded by name or from a folder alone, or a key has a
+                wrong value.
+        """
+        from ..engine.defaults import train_on  # brings the trainer along
+
+        if self.source is None:
+            raise ValueError(
+                "this detector was not loaded by Detector.from_pretrained(NAME OR FOLDER) without "
+                "other weights and options, so its training has no place to start from"
+            )
+        device = str(next(self.predictor.model.parameters()).device)
+        words = [*options, "MODEL.DEVICE", device]
+        if epochs is not None:
+            words += ["SOLVER.EPOCHS", str(float(epochs))]
+        if output_dir is not None:
+            words += ["OUTPUT_DIR", os.fspath(output_dir)]
+        folder = train_on(data, self.source, words)
+        return Detector.from_pretrained(folder, device=device), folder
 
     def _detect(self, pictures_rgb: Sequence[np.ndarray], threshold: float) -> list[Detections]:
         results = self.predictor(pictures_rgb)

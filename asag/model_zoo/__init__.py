@@ -12,7 +12,17 @@ What this library's own code measures stands in `figures.json`, which `tools/mak
 writes together with MODEL_ZOO.md. Nothing is computed at import.
 """
 
-from .entries import Claim, Entry, entry, names
+from .entries import PHOTOGRAPHS, Claim, Entry, entry, names
 from .loading import choose_device, config, get, locate
 
-__all__ = ["Claim", "Entry", "choose_device", "config", "entry", "get", "locate", "names"]
+__all__ = [
+    "PHOTOGRAPHS",
+    "Claim",
+    "Entry",
+    "choose_device",
+    "config",
+    "entry",
+    "get",
+    "locate",
+    "names",
+]

@@ -17,6 +17,8 @@ from ..config.loading import CONFIG_FOLDERS
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"
+# The model among these weights that knows photographs: where nothing else is said, it detects.
+PHOTOGRAPHS = "dense_lite0_voc_animals"
 
 
 @dataclass(frozen=True)
