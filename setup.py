@@ -57,6 +57,9 @@ setup(
         "tabulate>=0.8",
         "safetensors>=0.4",
         "pyyaml>=5.1",
+        "huggingface_hub>=0.26",
+        "pooch>=1.7",
+        "requests>=2.28",
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],

@@ -1,8 +1,11 @@
 """Fixtures shared by all tests."""
 
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from web_server import Server
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -19,3 +22,26 @@ def shared_dir() -> Path:
 def golden_dir(shared_dir: Path) -> Path:
     """Folder of tensors made with the official implementations."""
     return shared_dir / "golden"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A web server of this machine, which stands for Hugging Face's as well; downloads go into
+    folders of the test, and no attempt is waited for."""
+    from huggingface_hub import constants
+
+    from asag.checkpoint import download
+
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(download, "RETRY_WAIT_S", 0.0)
+    monkeypatch.setattr(download, "CHUNK", 500)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with Server() as made:
+        monkeypatch.setenv("HF_ENDPOINT", made.url(""))
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()

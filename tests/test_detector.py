@@ -288,8 +288,8 @@ def test_a_repository_without_configuration_says_what_to_do(monkeypatch):
         raise OSError("no such file (404)")
 
     monkeypatch.setattr("asag.checkpoint.download.local_file", refuse)
-    with pytest.raises(FileNotFoundError, match=r"404.*weights='hf://facebook/detr-resnet-50'"):
-        model_zoo.locate("hf://facebook/detr-resnet-50")
+    with pytest.raises(FileNotFoundError, match=r"404.*weights='hf://me/detr-resnet-50'"):
+        model_zoo.locate("hf://me/detr-resnet-50")
 
 
 def test_missing_sources_are_explained(tmp_path):
@@ -311,7 +311,9 @@ def test_missing_sources_are_explained(tmp_path):
     assert "configuration alone" in issue(ValueError, other / "config.yaml")
     assert "no such folder or file" in issue(FileNotFoundError, tmp_path / "nothing")
     assert "did you mean sparse_rcnn_tiny" in issue(KeyError, "sparse_rcnn_tyny")
-    assert "no weights of detr_r50_50ep come" in issue(ValueError, "detr_r50_50ep")
+    assert "no weights of detr_r50_50ep can be had by its name alone" in issue(
+        ValueError, "detr_r50_50ep"
+    )
     missing = issue(FileNotFoundError, OWN, weights=tmp_path / "none.pth", device="cpu")
     assert "none.pth" in missing
 

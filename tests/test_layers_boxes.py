@@ -11,7 +11,7 @@ from torchvision.ops import box_iou as torchvision_iou
 from torchvision.ops import generalized_box_iou
 
 from asag.modeling.layers.boxes import (
-    MAX_LOG_SCALE,
+    MAX_SCALE,
     at_least_float32,
     box_area,
     box_giou,
@@ -111,12 +111,21 @@ def test_deltas_equal_detectron2(weights):
     deltas[1, 2:] = -1e4
     current = cxcywh_to_xyxy(torch.rand(200, 4, generator=generator) * 400 + 1)
     center, size = weights
-    reference = Box2BoxTransform((center, center, size, size), scale_clamp=MAX_LOG_SCALE)
+    reference = Box2BoxTransform((center, center, size, size), scale_clamp=math.log(MAX_SCALE))
     expected = reference.apply_deltas(deltas, current)
     decoded = decode_deltas(deltas, current, center_weight=center, size_weight=size)
     # Corners of huge boxes round at the scale of the box, not of the corner.
     scale = expected.abs().amax(dim=1, keepdim=True).clamp(min=1)
     assert ((decoded - expected).abs() / scale).max() < 1e-6
+
+
+def test_changes_of_size_are_bounded_on_both_sides_where_asked_for():
+    current = torch.tensor([0.0, 0.0, 100.0, 200.0], dtype=torch.float64)
+    deltas = torch.tensor([0.0, 0.0, 9.0, -9.0], dtype=torch.float64)
+    free = xyxy_to_cxcywh(decode_deltas(deltas, current))
+    assert free.tolist() == pytest.approx([50, 100, 100 * MAX_SCALE, 200 * math.exp(-9)])
+    bounded = xyxy_to_cxcywh(decode_deltas(deltas, current, min_scale=0.016, max_scale=62.5))
+    assert bounded.tolist() == pytest.approx([50, 100, 6250, 3.2])
 
 
 def test_deltas_by_hand():

@@ -48,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_suffix(args.output)
         loaded = read_checkpoint(args.input)
         state, source, left_out = rename(loaded, args)
-        notes = write(args.output, state, args.to, loaded.get("class_names"))
+        needed = dict(LAYOUTS[source].settings) or loaded.get("settings", {})
+        entries = beside(loaded.get("class_names"), needed, args.to)
+        notes = write(args.output, state, args.to, entries) + other_arithmetic(needed, args.to)
     except ConversionError as error:
         hint = " --partial leaves them out." if error.names and not args.partial else ""
         print(f"convert_checkpoint: {args.input}: {error}.{hint}", file=sys.stderr)
@@ -123,12 +125,42 @@ def weights(loaded: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return average if averaged else loaded["model"]
 
 
-def write(
-    path: Path, state: Mapping[str, Tensor], layout: str, class_names: Sequence[str] | None
-) -> str:
+def beside(
+    class_names: Sequence[str] | None, settings: Mapping[str, Any], layout: str
+) -> dict[str, Any]:
+    """What stands beside the weights.
+
+    Args:
+        class_names: of the input.
+        settings: configuration key -> value that its weights need; no layout but this library's has
+            a place for them.
+        layout: of the output.
+    """
+    found: dict[str, Any] = {"class_names": list(class_names)} if class_names else {}
+    return found | ({"settings": dict(settings)} if settings and layout == OURS else {})
+
+
+def other_arithmetic(settings: Mapping[str, Any], layout: str) -> str:
+    """A sentence on what the weights need and the layout's own models do otherwise."""
+    theirs = LAYOUTS[layout].settings
+    wrong = [f"{k} {v}" for k, v in settings.items() if layout != OURS and theirs.get(k, v) != v]
+    if not wrong:
+        return ""
+    return (
+        f"; these weights need {', '.join(wrong)}, but {LAYOUTS[layout].source} computes otherwise"
+    )
+
+
+def write(path: Path, state: Mapping[str, Tensor], layout: str, entries: Mapping[str, Any]) -> str:
     """Writes the whole file or none.
 
     transformers reads pickled weights from the top of the file, all others from its entry "model".
+
+    Args:
+        path: its suffix decides the format.
+        state: name -> tensor.
+        layout: of the names.
+        entries: see `beside`.
 
     Returns:
         What to tell about the class names.
@@ -138,17 +170,14 @@ def write(
     flat = path.suffix != SAFETENSORS and layout.startswith(TRANSFORMERS)
     with atomic_writer(path, "wb") as file:
         if path.suffix == SAFETENSORS:
-            metadata = {"format": "pt"}
-            if class_names:
-                metadata["class_names"] = json.dumps(list(class_names))
-            file.write(safetensors.torch.save(state, metadata))
+            metadata = {key: json.dumps(value) for key, value in entries.items()}
+            file.write(safetensors.torch.save(state, {"format": "pt", **metadata}))
         else:
-            names = {"class_names": list(class_names)} if class_names else {}
-            torch.save(state if flat else {"model": state, **names}, file)
-    if not class_names:
+            torch.save(state if flat else {"model": state, **entries}, file)
+    if "class_names" not in entries:
         return ""
     kept = "left out: this format has no place for them" if flat else "kept"
-    return f"; {len(class_names)} class names {kept}"
+    return f"; {len(entries['class_names'])} class names {kept}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from asag.model_zoo.entries import Entry
+from asag.checkpoint.layouts import LAYOUTS
+from asag.model_zoo.entries import Entry, Release
+
+HUB = "hf://"
 
 HEAD = """\
 # Model zoo
@@ -17,13 +20,33 @@ from asag import Detector, model_zoo
 
 model = model_zoo.get("conditional_detr_r50_50ep", pretrained="downloaded.pth")
 detector = Detector.from_pretrained()  # knows photographs of people and animals
+detector = Detector.from_pretrained("sparse_rcnn_r50_300pro_3x_mmdet")  # 45.0 AP on COCO
+model = model_zoo.get("conditional_detr_r50_50ep", pretrained=True)  # 41.0 AP on COCO
+model = model_zoo.get("asag_a_r50_100_1x", pretrained="ASAG_A_r50_1x_100.pth")  # from a page
 ```
+
+The first two download weights that others trained, once, and convert them while they are loaded.
+
+A plain name is a recipe, and with `pretrained=True` the weights of its authors. `_mmdet`,
+`_detrex` and `_hf` behind a name are weights of the same model from MMDetection, detrex and the
+Hugging Face hub.
 
 "AP, published" is what the paper's table says; **nobody has trained the COCO and CrowdHuman
 recipes to the end with this library**. Parameters, multiply-adds (GMACs) and floating point
 operations (GFLOPs, two for each multiply-add) are counted by `tools/analyze.py` at the input given,
 by the rules in `tools/flops.py`. Where auxiliary copies of the decoder only train, the parameters
 without them stand behind the slash.
+"""
+
+BY_NAME = """\
+## COCO detectors by one word
+
+Weights of 80 COCO classes behind direct addresses: `Detector.from_pretrained(name)` and
+`model_zoo.get(name, pretrained=True)` download them. The AP is that of COCO val2017, as stated by
+whoever publishes the file; it was measured with their code, not with this library. What is proven
+here is that names, shapes and arithmetic are theirs (see the end of this page). Downloads are
+resumed, and checked against the SHA-256 where the file name or the hub tells it. Where a source
+computes otherwise than the recipe, the configuration of the name says so (below the table).
 """
 
 ADAPTIVE = """\
@@ -34,11 +57,11 @@ multiply-adds are those of a black image with random weights of seed 0.
 AGREEMENT = """\
 ## Numerical agreement
 
-Reference tensors made with the authors' implementations, rebuilt with this library's modules
-(`python tools/verify.py DIR`): largest absolute error of the values (features, boxes in pixels,
-logits, losses) and of the gradients, with the tensor that has it and the tolerance there. Of
-Dynamic Sparse R-CNN no code was released; its suite holds transport problems that were solved
-exactly, independently of any detector.
+Reference tensors made with the authors' implementations, and with MMDetection's (`mmdet/`),
+rebuilt with this library's modules (`python tools/verify.py DIR`): largest absolute error of the
+values (features, boxes in pixels, logits, losses) and of the gradients, with the tensor that has it
+and the tolerance there. Of Dynamic Sparse R-CNN no code was released; its suite holds transport
+problems that were solved exactly, independently of any detector.
 """
 
 
@@ -54,9 +77,10 @@ def render(entries: Sequence[Entry], figures: Mapping[str, Any], sources: Mappin
     own = [x for x in entries if x.weights]
     if own:
         parts += ["## Weights that come with the library\n", _own_table(own)]
+    parts += [BY_NAME, _release_table(x for x in entries if x.release and x.release.address)]
     folders = sorted({x.config.parent.name for x in entries})
     for folder in folders:
-        recipes = [x for x in entries if x.config.parent.name == folder and not x.weights]
+        recipes = [x for x in entries if x.config.parent.name == folder and x.recipe]
         parts.append(f"## {sources.get(folder, {}).get('paper', 'Combinations')}\n")
         if repository := sources.get(folder, {}).get("repository"):
             parts.append(f"The authors' code: {repository}\n")
@@ -105,9 +129,47 @@ def _class_table(entry: Entry) -> str:
     return f"{head}\n{_table(['', *there], rows)}"
 
 
+def _release_table(entries: Iterable[Entry]) -> str:
+    rows, options = [], {}
+    for entry in entries:
+        release = entry.release
+        rows.append(
+            [
+                f"`{entry.name}`",
+                "" if entry.recipe else f"`{entry.config.stem}`",
+                f"{release.ap}",
+                release.trained_by,
+                f"[{_file_name(release.address)}]({_url(release.address)})",
+            ]
+        )
+        if entry.options:
+            options[LAYOUTS[release.layout].source] = " ".join(entry.options)
+    notes = [f"{source} computes with `{words}`." for source, words in options.items()]
+    table = _table(["name", "recipe", "AP", "whose training", "weights"], rows)
+    return "\n".join([table, " ".join(notes), ""])
+
+
+def _file_name(address: str) -> str:
+    return address if address.startswith(HUB) else address.rpartition("/")[2]
+
+
+def _url(address: str) -> str:
+    return address.replace(HUB, "https://huggingface.co/", 1)
+
+
+def _where(release: Release) -> str:
+    """Where the authors' weights are, and how their AP was taken."""
+    if release.address:
+        return f"[download]({_url(release.address)})"
+    notes = [f"`{release.file}`"] if release.file else []
+    notes += [release.note] if release.note else []
+    notes += [f"AP with `{' '.join(release.options)}`"] if release.options else []
+    return ", ".join([f"[page]({release.page})", *notes])
+
+
 def _recipe_table(entries: Iterable[Entry], models: Mapping[str, Any]) -> str:
     header = ["name", "AP, published", "epochs", "queries", "parameters", "input", "GMACs"]
-    header += ["GFLOPs", "authors' weights"]
+    header += ["GFLOPs", "the authors' weights"]
     rows = []
     for entry in entries:
         x, claim = models[entry.name], entry.claim
@@ -129,7 +191,7 @@ def _recipe_table(entries: Iterable[Entry], models: Mapping[str, Any]) -> str:
                 x["input"],
                 f"{x['gmacs']:.2f}",
                 f"{x['gflops']:.2f}",
-                f"[page]({claim.weights})" if claim and claim.weights else "",
+                _where(entry.release) if entry.release else "",
             ]
         )
     return _table(header, rows)

@@ -6,6 +6,11 @@ from .detr import COMMON_RULES, OURS_STAGE, THEIRS_STAGE
 from .mapping import NameTable
 from .packing import PackedTable
 
+# Layers of the decoder's self-attention that this library keeps in one matrix.
+CONDITIONAL_PARTS = (
+    (r"roi_heads\.stages\.\d+\.self_attention\.in_proj", 3),
+    (r"roi_heads\.stages\.\d+\.self_attention\.position_proj", 2),
+)
 _SELF, _CROSS = f"{OURS_STAGE}self_attention.", f"{OURS_STAGE}cross_attention."
 
 CONDITIONAL_DETR = PackedTable(
@@ -42,9 +47,7 @@ CONDITIONAL_DETR = PackedTable(
                 "proposal_generator.point_head.2.",
             ),
         ),
+        settings={"MODEL.DECODER.REFERENCE_EPS": 1e-5},
     ),
-    parts=(
-        (r"roi_heads\.stages\.\d+\.self_attention\.in_proj", 3),
-        (r"roi_heads\.stages\.\d+\.self_attention\.position_proj", 2),
-    ),
+    parts=CONDITIONAL_PARTS,
 )

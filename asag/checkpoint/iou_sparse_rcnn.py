@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .mapping import NameTable
-from .sparse_rcnn import COMMON_RULES, OURS, THEIRS
+from .sparse_rcnn import COMMON_RULES, OURS, SETTINGS, THEIRS
 
 
 def _task_rules(task: str) -> tuple[tuple[str, str], ...]:
@@ -32,4 +32,5 @@ IOU_SPARSE_RCNN = NameTable(
         *_task_rules("cls"),
         *_task_rules("reg"),
     ),
+    settings=SETTINGS,
 )

@@ -9,8 +9,10 @@ from torch import Tensor
 from .asag import ASAG_A, ASAG_S
 from .conditional_detr import CONDITIONAL_DETR
 from .detr import DETR
+from .detrex import DETREX_CONDITIONAL_DETR, DETREX_DETR
 from .iou_sparse_rcnn import IOU_SPARSE_RCNN
 from .mapping import NameTable
+from .mmdet import MMDET_CONDITIONAL_DETR, MMDET_DETR, MMDET_SPARSE_RCNN
 from .packing import PackedTable
 from .sparse_rcnn import SPARSE_RCNN
 from .transformers_detr import (
@@ -32,6 +34,11 @@ LAYOUTS: dict[str, NameTable | PackedTable] = {
     "authors-conditional-detr": CONDITIONAL_DETR,
     "authors-asag-a": ASAG_A,
     "authors-asag-s": ASAG_S,
+    "mmdet-sparse-rcnn": MMDET_SPARSE_RCNN,
+    "mmdet-detr": MMDET_DETR,
+    "mmdet-conditional-detr": MMDET_CONDITIONAL_DETR,
+    "detrex-detr": DETREX_DETR,
+    "detrex-conditional-detr": DETREX_CONDITIONAL_DETR,
     f"{TRANSFORMERS}detr": TRANSFORMERS_DETR,
     f"{TRANSFORMERS}detr-resnet": TRANSFORMERS_DETR_RESNET,
     f"{TRANSFORMERS}conditional-detr": TRANSFORMERS_CONDITIONAL_DETR,

@@ -16,6 +16,7 @@ from .layouts import LAYOUTS, OURS, ConversionError, closest_layout, recognize
 from .reading import UnreadableError, read_checkpoint
 from .report import BATCH_COUNTER, LoadedFile
 from .resnet import image_classifier_to_ours, is_image_classifier
+from .settings import apply_settings, describe, known_settings
 from .swin import swin_to_ours
 from .timm import EFFICIENTNET_MARK, holds_timm_network, timm_to_ours
 
@@ -90,8 +91,8 @@ def source_of(names: Iterable[str]) -> str:
 
 class PublishedCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, for addresses of all kinds (`download.local_file`) and all
-    published layouts; it runs no code of a file, fits classifiers to the classes of the data, and
-    logs where every tensor came from.
+    published layouts; it runs no code of a file, fits classifiers to the classes of the data, sets
+    the model to compute as the source of the weights does, and logs where every tensor came from.
 
     Attributes:
         class_names: of the data to train on; classifiers of other classes are fitted to them.
@@ -99,6 +100,9 @@ class PublishedCheckpointer(DetectionCheckpointer):
         use_average: where a checkpoint holds averaged weights beside the latest ones ("ema" beside
             "model"), load the averaged ones.
         whole: refuse files that leave a part of the model at its random start.
+        settings: configuration key -> value that the weights loaded last need, because their layout
+            or the file says so; empty where the configuration decides. Files that descend from such
+            weights keep them in the entry "settings".
     """
 
     use_average = True
@@ -123,6 +127,7 @@ class PublishedCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self.class_names = class_names
+        self.settings: dict[str, Any] = {}
         self._file = LoadedFile()
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -153,8 +158,11 @@ class PublishedCheckpointer(DetectionCheckpointer):
         except ValueError as error:
             raise ValueError(f"weights {self._file.address}: {error}") from error
         if ours.keys() != self._file.names:
-            self._file.published = detector_layout(self._file.names)[0] not in (None, OURS)
+            layout, _ = detector_layout(self._file.names)
+            self._file.published = layout not in (None, OURS)
             self._file.layout = source_of(self._file.names)
+            if self._file.published:
+                loaded["settings"] = dict(LAYOUTS[layout].settings)
         else:
             self._file.layout = "the model's own names"
         # Frozen batch norms do not count.
@@ -179,7 +187,19 @@ class PublishedCheckpointer(DetectionCheckpointer):
             )
         expected = report.complete or report.backbone_only
         self.logger.log(logging.INFO if expected else logging.WARNING, str(report))
+        # A backbone, or one with its pyramid, computes the same everywhere.
+        whole = any(name.startswith("roi_heads.") for name in report.loaded)
+        self._apply_settings(checkpoint.get("settings") if whole else {})
         return incompatible
+
+    def _apply_settings(self, wanted: Any) -> None:
+        """Makes the model compute as its weights need it."""
+        self.settings = known_settings(self.model, wanted)
+        if changes := apply_settings(self.model, self.settings):
+            self.logger.warning(
+                f"weights {self._file.address} ({self._file.layout}) need other values than the "
+                f"configuration has; the model now computes with {describe(changes)}"
+            )
 
     def _fit_classes(self, checkpoint: dict[str, Any]) -> None:
         """Gives the classifiers in a checkpoint the rows that the model has, by class name."""
@@ -248,7 +268,8 @@ def load_weights(model: nn.Module, path: str, *, use_average: bool = True) -> di
         use_average: take averaged weights (SOLVER.EMA) where the file holds them.
 
     Returns:
-        What the checkpoint holds besides the model, such as `class_names`.
+        What the checkpoint holds besides the model, such as `class_names`, and `settings` where its
+        source computes in its own way; the model has taken them over.
 
     Raises:
         FileNotFoundError: no such file.

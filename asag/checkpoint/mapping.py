@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -20,21 +20,29 @@ class NameTable:
             sides; a pattern that ends with a dot stands for everything below it. The first rule
             that fits is taken.
         ours_only: names of this library that published files lack and loading does without.
+        theirs_only: patterns of published names that no model needs; they are left out.
+        settings: configuration key -> value that weights of this layout need, because their source
+            computes that way.
     """
 
     source: str
     rules: tuple[tuple[str, str], ...]
     ours_only: tuple[str, ...] = ()
-    _compiled: tuple[list, list] = field(init=False, repr=False, compare=False)
+    theirs_only: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    _compiled: tuple[list, list, list] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         forward = [_compile(theirs, ours) for theirs, ours in self.rules]
         backward = [_compile(ours, theirs) for theirs, ours in self.rules]
-        object.__setattr__(self, "_compiled", (forward, backward))
+        ignored = [_compile(theirs, "")[0] for theirs in self.theirs_only]
+        object.__setattr__(self, "_compiled", (forward, backward, ignored))
 
     def to_ours(self, state: Mapping[str, T]) -> dict[str, T]:
-        """Renames a published state dict. Raises KeyError naming what no rule covers."""
-        return self._rename(state, self._compiled[0], f"in {self.source}")
+        """Renames a published state dict, without `theirs_only`. Raises KeyError naming what no
+        rule covers."""
+        needed = {name: value for name, value in state.items() if not self._ignores(name)}
+        return self._rename(needed, self._compiled[0], f"in {self.source}")
 
     def to_theirs(self, state: Mapping[str, T]) -> dict[str, T]:
         """Renames a state dict of this library, without `ours_only`. Raises KeyError naming what no
@@ -48,11 +56,15 @@ class NameTable:
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """The published names that no rule covers."""
-        return [x for x in names if not any(p.match(x) for p, _ in self._compiled[0])]
+        rules = self._compiled[0]
+        return [x for x in names if not any(p.match(x) for p, _ in rules) and not self._ignores(x)]
 
     def unnamed(self, names: Iterable[str]) -> list[str]:
         """The names of this library that the source has no name for."""
         return [x for x in names if not any(p.match(x) for p, _ in self._compiled[1])]
+
+    def _ignores(self, name: str) -> bool:
+        return any(pattern.match(name) for pattern in self._compiled[2])
 
     @staticmethod
     def _rename(state: Mapping[str, T], rules: list, where: str) -> dict[str, T]:

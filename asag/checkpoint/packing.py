@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,11 @@ class PackedTable:
     def ours_only(self) -> tuple[str, ...]:
         """Names of this library that published files lack and loading does without."""
         return self.names.ours_only
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Configuration key -> value that weights of this layout need."""
+        return self.names.settings
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Renames and packs. Raises KeyError naming what no rule covers or which slice is

@@ -41,6 +41,8 @@ if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # torch 2.
     ]
 # Entries under which weights stand, ours and Detectron2's first.
 WEIGHTS_KEYS = ("model", "model_state", "state_dict")
+# Entries beside the weights that this library writes for whoever loads them.
+BESIDE_KEYS = ("class_names", "settings")
 
 _ZIP, _LFS = b"PK\x03\x04", b"version https://git-lfs"
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)")
@@ -83,7 +85,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         loaded["model"] = {
             k: v for k, v in loaded["model"].items() if not k.endswith("num_batches_tracked")
         }
-    if "class_names" not in loaded and (names := _names_beside(path)):
+    if "class_names" not in loaded and (names := _names_within(loaded) or _names_beside(path)):
         loaded["class_names"] = names
     return loaded
 
@@ -113,14 +115,15 @@ def _is_safetensors(path: Path, head: bytes) -> bool:
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            # `tools/convert_checkpoint.py` leaves the class names as JSON.
-            names = json.loads((file.metadata() or {}).get("class_names", "null"))
+            # `tools/convert_checkpoint.py` leaves what stands beside weights as JSON.
+            metadata = file.metadata() or {}
+            beside = {key: json.loads(metadata[key]) for key in BESIDE_KEYS if key in metadata}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise UnreadableError(
             path, f"it is damaged or no safetensors file ({error}); download it again"
         ) from error
-    return {"model": weights} | ({"class_names": names} if names else {})
+    return beside | {"model": weights}
 
 
 def _read_torch(path: Path) -> Any:
@@ -245,6 +248,17 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, Tensor) or (
         isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "fiub"
     )
+
+
+def _names_within(loaded: Mapping[str, Any]) -> list[str]:
+    """Class names as the versions of MMDetection keep them beside weights; empty without."""
+    meta = loaded.get("meta")
+    meta = meta if isinstance(meta, Mapping) else {}
+    data = meta.get("dataset_meta")
+    places = (meta, data if isinstance(data, Mapping) else {})
+    found = (x.get(key) for x in places for key in ("CLASSES", "classes"))
+    names = next((x for x in found if isinstance(x, list | tuple) and x), ())
+    return list(names) if all(isinstance(x, str) for x in names) else []
 
 
 def _names_beside(path: Path) -> list[str]:

@@ -22,6 +22,13 @@ COMMON_RULES = (
     (f"{THEIRS}bboxes_delta.", f"{OURS}box_deltas."),
 )
 
+# What both releases compute with: only growth is bounded, and Detectron2 clips the final boxes.
+SETTINGS = {
+    "MODEL.DECODER.MIN_BOX_SCALE": 0.0,
+    "MODEL.DECODER.MAX_BOX_SCALE": 100000 / 16,
+    "MODEL.CLIP_BOXES": True,
+}
+
 SPARSE_RCNN = NameTable(
     source="the Sparse R-CNN release",
     rules=(
@@ -35,4 +42,5 @@ SPARSE_RCNN = NameTable(
         (f"{THEIRS}linear2.", f"{OURS}interaction.ffn.linear2."),
         (f"{THEIRS}norm3.", f"{OURS}interaction.ffn.norm."),
     ),
+    settings=SETTINGS,
 )

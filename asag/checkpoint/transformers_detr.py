@@ -10,6 +10,9 @@ The backbone is timm's or transformers' own ResNet, under names of their own: a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from .detr import CLASSIFIER, OURS_ENCODER, OURS_STAGE
 from .mapping import NameTable
 from .packing import PackedTable
@@ -115,19 +118,26 @@ def _module_name(published: str) -> str:
     return published
 
 
-def _table(model: str, backbone: str, rules: Rules, parts: tuple) -> PackedTable:
+def _table(
+    backbone: str, model: str, rules: Rules, parts: tuple, settings: Mapping[str, Any]
+) -> PackedTable:
     body = torchvision_rules if backbone == "timm" else transformers_rules
     published = (*body(_BODY, "backbone."), *rules)
     alternatives = tuple((_module_name(theirs), ours) for theirs, ours in published)
     source = f"transformers' {model} on a ResNet of {backbone}"
-    return PackedTable(NameTable(source=source, rules=(*published, *alternatives)), parts)
+    names = NameTable(source=source, rules=(*published, *alternatives), settings=settings)
+    return PackedTable(names, parts)
 
 
-TRANSFORMERS_DETR = _table("DETR", "timm", _DETR_RULES, _DETR_PARTS)
-TRANSFORMERS_DETR_RESNET = _table("DETR", "transformers", _DETR_RULES, _DETR_PARTS)
-TRANSFORMERS_CONDITIONAL_DETR = _table(
-    "Conditional DETR", "timm", _CONDITIONAL_RULES, _CONDITIONAL_PARTS
+_DETR = ("DETR", _DETR_RULES, _DETR_PARTS, {})
+_CONDITIONAL = (
+    "Conditional DETR",
+    _CONDITIONAL_RULES,
+    _CONDITIONAL_PARTS,
+    {"MODEL.DECODER.REFERENCE_EPS": 1e-5},
 )
-TRANSFORMERS_CONDITIONAL_DETR_RESNET = _table(
-    "Conditional DETR", "transformers", _CONDITIONAL_RULES, _CONDITIONAL_PARTS
-)
+
+TRANSFORMERS_DETR = _table("timm", *_DETR)
+TRANSFORMERS_DETR_RESNET = _table("transformers", *_DETR)
+TRANSFORMERS_CONDITIONAL_DETR = _table("timm", *_CONDITIONAL)
+TRANSFORMERS_CONDITIONAL_DETR_RESNET = _table("transformers", *_CONDITIONAL)

@@ -33,6 +33,9 @@ def _add_model(cfg: CN) -> None:
     cfg.MODEL.ACTIVATION_CHECKPOINTING = False
     # IoU threshold of class-wise non-maximum suppression on the detections, 0 to 1; 0 is off.
     cfg.MODEL.NMS_THRESH_TEST = 0.0
+    # Clip detections to the image and drop those of which nothing is left; False gives the boxes as
+    # predicted.
+    cfg.MODEL.CLIP_BOXES = True
     # Neck behind the backbone; "" is none (FPN is part of the backbone).
     cfg.MODEL.NECK = CN()
     cfg.MODEL.NECK.NAME = ""
@@ -149,6 +152,10 @@ def _add_decoder(cfg: CN) -> None:
     d.DISENTANGLE = "none"
     # Initial probability of sigmoid classifiers, 0 to 1.
     d.PRIOR_PROB = 0.01
+    # Smallest and largest factor by which a stage with dynamic convolution changes a side of a box;
+    # 0 leaves shrinking free. MMDetection's models: 0.016 and 62.5.
+    d.MIN_BOX_SCALE = 0.0
+    d.MAX_BOX_SCALE = 6250.0
 
 
 def _add_transformer(cfg: CN) -> None:
@@ -167,6 +174,9 @@ def _add_transformer(cfg: CN) -> None:
     # Spatial query p_q of conditional cross-attention: "csq" = T(f) p_s, and the paper's ablations
     # "csq_c" = f, "csq_t" = T(f), "csq_p" = p_s, "csq_i" = T(c_q) p_s.
     d.SPATIAL_QUERY = "csq"
+    # Where boxes are offsets to reference points: how far these are kept from the borders of the
+    # image, in shares of its size. detrex's models: 0.001.
+    d.REFERENCE_EPS = 1e-5
     # Form of the transformation T: "diagonal", "single", "block", "full" or "identity".
     d.SPATIAL_PROJECTION = "diagonal"
 

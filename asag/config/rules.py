@@ -170,6 +170,11 @@ RULES: dict[str, Range | OneOf | Each] = {
     "MODEL.DECODER.NUM_REG_LAYERS": COUNT_OR_NONE,
     "MODEL.DECODER.DYNAMIC_DIM": COUNT,
     "MODEL.DECODER.PRIOR_PROB": INSIDE_0_1,
+    "MODEL.DECODER.MIN_BOX_SCALE": RATE,
+    "MODEL.DECODER.MAX_BOX_SCALE": Range("above 1", low=1, without_low=True),
+    "MODEL.DECODER.REFERENCE_EPS": Range(
+        "above 0 and below 0.5", low=0, high=0.5, without_low=True, without_high=True
+    ),
     "MODEL.DECODER.NUM_AUXILIARY": COUNT_OR_NONE,
     "MODEL.DECODER.MAIN_COPY": Range("a whole number, -1 or more", low=-1, whole=True),
     "MODEL.DECODER.MIXER_GROUPS": COUNT,

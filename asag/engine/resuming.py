@@ -14,6 +14,7 @@ from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 
 from ..checkpoint.checkpointer import AtomicCheckpointer
+from ..checkpoint.settings import with_settings
 from ..config.loading import differences
 from .ema import WeightAverage
 from .hooks import BestResult
@@ -106,6 +107,7 @@ class ResumableTrainer(DefaultTrainer):
             self.ema.restart()  # from the weights; the checkpoint's average follows, if it has one
             self.ema.updates = state_dict.get("ema_updates", 0)
         if "config" in state_dict:
+            self._adopt_settings()
             changes = differences(CfgNode.load_cfg(state_dict["config"]), self.cfg)
             for key, (old, new) in changes.items():
                 logger.warning(f"changed since the checkpoint: {key}: {old} -> {new}")
@@ -140,6 +142,12 @@ class ResumableTrainer(DefaultTrainer):
         for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = lr
 
+    def _adopt_settings(self) -> None:
+        """Lets the run's configuration say what the loaded weights made the model compute with."""
+        if self.checkpointer.settings:
+            self.cfg = with_settings(self.cfg, self.checkpointer.settings)
+            self._trainer.guard.config = self.cfg.dump()
+
     def resume_or_load(self, resume: bool = True) -> None:
         """Continues the run in OUTPUT_DIR, or starts from MODEL.WEIGHTS.
 
@@ -162,6 +170,7 @@ class ResumableTrainer(DefaultTrainer):
         self.checkpointer.class_names = None if resume and found else self.class_names or None
         self.checkpointer.whole = resume and found
         extra = self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        self._adopt_settings()
         if not (resume and found):
             if self.ema is not None:
                 self.ema.restart()

@@ -52,9 +52,9 @@ class ExportableDetector(nn.Module):
             images: (B, 3, H, W) float32, RGB, 0 to 255.
 
         Returns:
-            Boxes (B, D, 4) xyxy in pixels of the images, clipped to them; scores (B, D), falling;
-            labels (B, D) int64; valid (B, D) bool. Slots without a detection come last, with box
-            and score 0 and label -1.
+            Boxes (B, D, 4) xyxy in pixels of the images, clipped to them if the model clips its
+            own (MODEL.CLIP_BOXES); scores (B, D), falling; labels (B, D) int64; valid (B, D) bool.
+            Slots without a detection come last, with box and score 0 and label -1.
         """
         model = self.model
         if model.input_format == "BGR":
@@ -67,8 +67,9 @@ class ExportableDetector(nn.Module):
         valid = scores >= 0
         if model.nms_threshold > 0:
             valid = keep_best(boxes, labels, valid, model.nms_threshold)
-        boxes = torch.minimum(boxes.clamp(min=0), sizes.whwh[:, None])
-        valid = valid & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
+        if model.clip_boxes:
+            boxes = torch.minimum(boxes.clamp(min=0), sizes.whwh[:, None])
+            valid = valid & (boxes[..., 2:] > boxes[..., :2]).all(dim=-1)
         order = scores.masked_fill(~valid, -1).sort(dim=1, descending=True, stable=True).indices
         scores, labels, valid = (x.gather(1, order) for x in (scores, labels, valid))
         boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))

@@ -59,7 +59,8 @@ class Detections:
         class_names: index -> name.
         image_rgb: the picture, (H, W, 3) uint8.
 
-    All tensors are on the CPU.
+    All tensors are on the CPU. Boxes end at the borders of the picture, unless the model's source
+    leaves them as predicted (MODEL.CLIP_BOXES; MMDetection's Sparse R-CNN).
     """
 
     boxes_xyxy: Tensor
@@ -172,7 +173,8 @@ class Detector:
 
         Args:
             source: default: the model that comes with the library and knows photographs of people
-                and animals. Or a name of `asag.model_zoo.names()`; the folder of a training run; a
+                and animals. Or a name of `asag.model_zoo.names()`, whose weights come
+                with the library or are downloaded; the folder of a training run; a
                 file of weights with config.yaml beside it; a yaml file;
                 hf://owner/name[@revision][/file], a Hugging Face repository with config.yaml.
             weights: file or address of weights for the model that `source` names.
@@ -182,6 +184,7 @@ class Detector:
 
         Raises:
             FileNotFoundError: a file is missing; the message says which one and what to do.
+            DownloadError: weights cannot be downloaded; the message has address and place.
             KeyError: no such name or configuration key; the message has the nearest ones.
             ValueError: there are no weights, or they are not of this model.
         """

@@ -134,8 +134,15 @@ class DetectorWithTTA(nn.Module):
         scores, best = scores.topk(min(self.top_k, len(scores)))
         result = Instances(size, pred_boxes=Boxes(boxes[best]), scores=scores)
         result.pred_classes = classes[best]
+        if not self.clip_boxes:
+            return result
         result.pred_boxes.clip(size)
         return result[result.pred_boxes.nonempty()]
+
+    @property
+    def clip_boxes(self) -> bool:
+        """True if detections are clipped to the image, as the model's own are."""
+        return getattr(self.model, "clip_boxes", True)
 
     def _in_size_range(self, instances: Instances, index: int) -> Instances:
         """Drops boxes outside of the size range of the copy `index`."""

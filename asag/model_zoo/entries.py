@@ -1,5 +1,8 @@
 """What the zoo knows of each name: configuration, claims of the paper, measured figures, weights.
 
+A name is that of a recipe, or of weights. Those of the authors go by the name of their recipe;
+weights that others trained or converted add to it whose they are: `_mmdet`, `_detrex`, `_hf`.
+
 Figures and facts are read from the data files beside this module.
 """
 
@@ -8,12 +11,14 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..config.loading import CONFIG_FOLDERS
+from ..checkpoint.layouts import LAYOUTS
+from ..config import get_asag_cfg
+from ..config.loading import CONFIG_FOLDERS, leaves
 
 FOLDER = Path(__file__).resolve().parent
 WEIGHTS = FOLDER / "weights"
@@ -29,13 +34,38 @@ class Claim:
         ap: box AP in percent.
         where: table of the paper, preceded by the paper where it is another than the model's.
         data: what the AP is of.
-        weights: page from which the authors' weights can be had; None where none are known.
     """
 
     ap: float
     where: str
     data: str = "COCO val2017"
-    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Release:
+    """Weights that others published.
+
+    Attributes:
+        trained_by: whose training the AP is.
+        ap: box AP in percent that they state for this file.
+        layout: of its parameter names, a key of `checkpoint.layouts.LAYOUTS`.
+        data: what the AP is of.
+        address: from which it is downloaded; None where it lies behind a page that asks something.
+        page: from which a person can download it.
+        file: its name there.
+        note: what that person has to know.
+        options: KEY VALUE words with which the AP was taken, such as the copy of ASAG's decoder.
+    """
+
+    trained_by: str
+    ap: float
+    layout: str
+    data: str = "COCO val2017"
+    address: str | None = None
+    page: str | None = None
+    file: str | None = None
+    note: str | None = None
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,7 +75,7 @@ class Entry:
     Attributes:
         name: unique.
         config: the yaml file.
-        options: KEY VALUE words on top of the file; only packaged weights have any.
+        options: KEY VALUE words on top of the file; only weights have any.
         paper: the paper that the model comes from; None for combinations of several.
         repository: the authors' code; None where none was released.
         claim: the paper's result for this configuration; None where it has none.
@@ -55,6 +85,8 @@ class Entry:
         weights: file of weights that comes with the library; None if there is none.
         training: how these weights were trained and what they reached, as
             `tools/package_checkpoint.py` wrote it.
+        release: weights that others published; None where none are known.
+        recipe: whether the name is that of a configuration file.
     """
 
     name: str
@@ -66,6 +98,8 @@ class Entry:
     figures: Mapping[str, Any] = field(default_factory=dict)
     weights: Path | None = None
     training: Mapping[str, Any] | None = None
+    release: Release | None = None
+    recipe: bool = True
 
 
 def names() -> list[str]:
@@ -130,6 +164,18 @@ def _entries() -> dict[str, Entry]:
             claim=Claim(**claim) if claim else None,
             figures=figures.get(name, {}),
         )
+    for name, facts in published["releases"].items():
+        base = found[facts.get("config", name)]
+        release = _release(facts)
+        if "config" not in facts:
+            found[name] = replace(base, release=release)
+            continue
+        if name in found:
+            raise RuntimeError(f"published.json: the release {name} has the name of a recipe")
+        options = _settings(release.layout)
+        found[name] = replace(
+            base, name=name, options=options, claim=None, release=release, recipe=False
+        )
     for record in sorted(WEIGHTS.glob("*.json")):
         training = json.loads(record.read_text(encoding="utf-8"))
         base, name = found[training["config"]], record.stem
@@ -144,5 +190,19 @@ def _entries() -> dict[str, Entry]:
             figures=figures.get(name, {}),
             weights=record.with_suffix(".pth"),
             training=training,
+            recipe=False,
         )
     return found
+
+
+def _release(facts: Mapping[str, Any]) -> Release:
+    known = {key: value for key, value in facts.items() if key != "config"}
+    return Release(**known | {"options": tuple(facts.get("options", ()))})
+
+
+@cache
+def _settings(layout: str) -> tuple[str, ...]:
+    """KEY VALUE words for what weights of a layout need and the library does otherwise."""
+    defaults = dict(leaves(get_asag_cfg()))
+    wanted = LAYOUTS[layout].settings
+    return tuple(x for k, v in wanted.items() if v != defaults[k] for x in (k, str(v)))

@@ -44,8 +44,8 @@ def get(
 
     Args:
         name: one of `names()`.
-        pretrained: False for random weights, True for those that come with the library, or a file
-            or URL of weights in this library's or in the authors' names.
+        pretrained: False for random weights, True for those that come with the library or can be
+            downloaded, or a file or URL of weights in any layout the library knows.
         device: "cpu", "cuda", ...; default: a GPU if there is one.
         options: KEY VALUE words that override the configuration, such as MODEL.DECODER.MAIN_COPY
             2 for the decoder head of ASAG that most published numbers were taken with.
@@ -56,15 +56,16 @@ def get(
     Raises:
         KeyError: unknown name or key; the message has the nearest ones.
         FileNotFoundError: no such file of weights.
-        ValueError: `pretrained` is True but no weights come with the library, or the weights are
-            not of this model.
+        DownloadError: they cannot be downloaded; the message has address and place.
+        ValueError: `pretrained` is True but no weights can be had without a person, or the weights
+            are not of this model.
     """
     # Loaded late: names and figures are to be had without it.
     from ..checkpoint.loading import load_weights
 
     cfg = config(name, [*options, "MODEL.DEVICE", choose_device(device)])
     if pretrained is True:
-        pretrained = packaged_weights(entry(name))
+        pretrained = pretrained_weights(entry(name))
     model = build_model(cfg)
     if pretrained:
         load_weights(model, os.fspath(pretrained))
@@ -76,24 +77,33 @@ def choose_device(device: str | None) -> str:
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def packaged_weights(known: Entry) -> str:
-    """File of the weights of an entry that come with the library.
+def pretrained_weights(known: Entry) -> str:
+    """File or address of the weights of an entry.
 
     Raises:
-        ValueError: there are none; the message says from where they can be had.
+        ValueError: there are none, or a person has to download them; the message says from where.
     """
     if known.weights is not None:
         return str(known.weights)
-    own = [x for x in names() if entry(x).weights and entry(x).config == known.config]
+    release = known.release
+    if release is not None and release.address is not None:
+        return release.address
+    ways = []
+    if release is not None:
+        file = f", file {release.file}" if release.file else ""
+        note = f" ({release.note})" if release.note else ""
+        ways.append(
+            f"those of {release.trained_by} are at {release.page}{file}{note}: download them by "
+            "hand and give the path (pretrained=FILE, in Detector.from_pretrained weights=FILE)"
+        )
+    same = [entry(x) for x in names() if entry(x).config == known.config]
+    own = [x.name for x in same if x.weights or (x.release and x.release.address)]
     if own:
-        way_out = f"there are some of the same kind under the name {' and '.join(own)}"
-    elif known.claim and known.claim.weights:
-        way_out = f"the authors' are at {known.claim.weights}: download them and give their path"
-    elif known.repository:
-        way_out = f"the authors' code is at {known.repository}; give the path of weights"
-    else:
-        way_out = "train some, and give their path"
-    raise ValueError(f"no weights of {known.name} come with the library; {way_out}")
+        ways.append(f"there are some of the same model under the name {' and '.join(own)}")
+    if not ways and known.repository:
+        ways.append(f"the authors' code is at {known.repository}; give the path of weights")
+    way_out = "; ".join(ways or ["train some, and give their path"])
+    raise ValueError(f"no weights of {known.name} can be had by its name alone; {way_out}")
 
 
 def locate(
@@ -106,7 +116,7 @@ def locate(
 
     Args:
         source: one of
-            - a name of the zoo,
+            - a name of the zoo, or the address of published weights that it lists,
             - a folder that a training wrote: config.yaml and model_best.pth or model_final.pth,
             - a file of weights with config.yaml beside it,
             - a yaml file (then `weights` are needed),
@@ -121,6 +131,9 @@ def locate(
     """
     text = os.fspath(source)
     given = os.fspath(weights) if weights is not None else None
+    listed = [x for x in map(entry, names()) if x.release and x.release.address == text]
+    if listed:
+        text = listed[0].name
     if text.startswith(HUGGING_FACE):
         file, found = _hugging_face(text)
     elif os.path.isdir(text):
@@ -139,7 +152,7 @@ def locate(
     else:
         known = entry(text)
         file, options = str(known.config), [*known.options, *options]
-        found = packaged_weights(known) if given is None else None
+        found = pretrained_weights(known) if given is None else None
     if not (given or found):  # MODEL.WEIGHTS of a recipe is what its training starts from
         raise ValueError(f"{text} is a configuration alone; give weights=FILE as well")
     cfg = load_config(file, options)

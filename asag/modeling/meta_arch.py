@@ -20,7 +20,6 @@ from detectron2.modeling import (
     PROPOSAL_GENERATOR_REGISTRY,
     ROI_HEADS_REGISTRY,
     build_backbone,
-    detector_postprocess,
 )
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import ImageList, Instances
@@ -31,7 +30,7 @@ from ..structures import ImageSizes, Predictions, Queries, Targets
 from .backbone import ZeroPadding
 from .events import put_scalars
 from .execution import apply_execution_switches
-from .postprocess import select_detections
+from .postprocess import select_detections, to_wanted_size
 from .registry import build_component, build_criterion, build_matcher, build_neck
 
 INFERENCE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +42,7 @@ class SparseDetector(nn.Module):
     Detectron2's `GeneralizedRCNN` for detectors with a few hundred queries."""
 
     requirements: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    SETTINGS: ClassVar[dict[str, str]] = {"MODEL.CLIP_BOXES": "clip_boxes"}
 
     @configurable
     def __init__(
@@ -60,6 +60,7 @@ class SparseDetector(nn.Module):
         input_format: str = "RGB",
         top_k: int = 100,
         nms_threshold: float = 0.0,
+        clip_boxes: bool = True,
         softmax: bool = False,
         zero_padding: ZeroPadding | None = None,
         inference_dtype: torch.dtype | None = None,
@@ -77,6 +78,7 @@ class SparseDetector(nn.Module):
             input_format: "RGB" or "BGR", color order of the input tensors.
             top_k: detections an image.
             nms_threshold: IoU threshold of class-wise NMS on the detections; 0 is off.
+            clip_boxes: clip detections to the image, and drop those of which nothing is left.
             softmax: class logits end with a background column.
             zero_padding: keeps padding at zero inside of this backbone; None lets it change.
             inference_dtype: autocast dtype outside of training; None leaves the precision to the
@@ -93,6 +95,7 @@ class SparseDetector(nn.Module):
         self.input_format = input_format
         self.top_k = top_k
         self.nms_threshold = nms_threshold
+        self.clip_boxes = clip_boxes
         self.softmax = softmax
         self.zero_padding = zero_padding
         self.inference_dtype = inference_dtype
@@ -134,6 +137,7 @@ class SparseDetector(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
             "top_k": cfg.TEST.DETECTIONS_PER_IMAGE,
             "nms_threshold": model.NMS_THRESH_TEST,
+            "clip_boxes": model.CLIP_BOXES,
             "softmax": model.CRITERION.CLASS_LOSS == "softmax",
             "inference_dtype": INFERENCE_DTYPES[model.INFERENCE_DTYPE],
         }
@@ -188,7 +192,7 @@ class SparseDetector(nn.Module):
             nms_threshold=self.nms_threshold,
         )
         return [
-            {"instances": detector_postprocess(result, *_output_size(x, result))}
+            {"instances": to_wanted_size(result, x, clip=self.clip_boxes)}
             for x, result in zip(batched_inputs, detections, strict=True)
         ]
 
@@ -264,10 +268,6 @@ class SparseDetector(nn.Module):
 
 def _name(x: dict[str, Any]) -> Any:
     return x.get("file_name", x.get("image_id", "without a name"))
-
-
-def _output_size(x: dict[str, Any], result: Instances) -> tuple[int, int]:
-    return x.get("height", result.image_size[0]), x.get("width", result.image_size[1])
 
 
 @META_ARCH_REGISTRY.register()

@@ -5,9 +5,11 @@ B images, N queries, K classes, D detections kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from detectron2.modeling import detector_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import batched_nms
@@ -82,3 +84,21 @@ def _to_instances(
         keep = batched_nms(result.pred_boxes.tensor, result.scores, result.pred_classes, nms)
         result = result[keep]
     return result
+
+
+def to_wanted_size(found: Instances, model_input: Mapping[str, Any], *, clip: bool) -> Instances:
+    """Detections in the resolution that an input asks for.
+
+    Args:
+        found: of one image, in pixels of the network input.
+        model_input: Detectron2's; `height` and `width` of the output, default those of the input.
+        clip: clip boxes to the image and drop those of which nothing is left, as Detectron2 does.
+    """
+    height = model_input.get("height", found.image_size[0])
+    width = model_input.get("width", found.image_size[1])
+    if clip:
+        return detector_postprocess(found, height, width)
+    scaled = Instances((height, width), **found.get_fields())
+    scaled.pred_boxes = found.pred_boxes.clone()
+    scaled.pred_boxes.scale(width / found.image_size[1], height / found.image_size[0])
+    return scaled

@@ -13,6 +13,10 @@ class UnknownCase(ValueError):
     """A file whose keys fit no case of the suite that its folder names."""
 
 
+class MissingCheckpoint(ValueError):
+    """A case whose weights are not beside it; it is left out."""
+
+
 class Check(NamedTuple):
     """One comparison: passes when |actual - expected| <= atol + rtol * |expected| everywhere."""
 

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Largest log-scale change of a side in one stage: a box of 16 px may grow to 100 000 px.
-MAX_LOG_SCALE = math.log(100000.0 / 16)
+# Largest factor by which one stage may stretch a side: a box of 16 px may grow to 100 000 px.
+MAX_SCALE = 100000.0 / 16
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -94,6 +94,8 @@ def decode_deltas(
     boxes_xyxy: Tensor,
     center_weight: float = 2.0,
     size_weight: float = 1.0,
+    min_scale: float = 0.0,
+    max_scale: float = MAX_SCALE,
 ) -> Tensor:
     """Applies predicted deltas to boxes.
 
@@ -103,13 +105,15 @@ def decode_deltas(
         boxes_xyxy: (..., 4) input boxes of the stage.
         center_weight, size_weight: divisors of the deltas. They are numbers because a tensor would
             have to be copied to the device in every stage.
+        min_scale, max_scale: bounds of the factor by which a side changes; 0 leaves shrinking free.
 
     Returns:
-        (..., 4) boxes xyxy, at least float32. Growth is limited (`MAX_LOG_SCALE`); boxes are not
-        clipped to the image.
+        (..., 4) boxes xyxy, at least float32. not clipped to the image.
     """
     deltas, boxes = at_least_float32(deltas), xyxy_to_cxcywh(at_least_float32(boxes_xyxy))
     center, size = boxes[..., :2], boxes[..., 2:]
     center = center + deltas[..., :2] / center_weight * size
-    size = size * (deltas[..., 2:] / size_weight).clamp(max=MAX_LOG_SCALE).exp()
+    smallest = math.log(min_scale) if min_scale > 0 else None
+    log_scale = (deltas[..., 2:] / size_weight).clamp(min=smallest, max=math.log(max_scale))
+    size = size * log_scale.exp()
     return torch.cat((center - size / 2, center + size / 2), dim=-1)

@@ -6,7 +6,7 @@ B images, N queries, L positions of the feature map, S stages, C channels, K cla
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -39,6 +39,8 @@ class DETRHeads(nn.Module):
     stages pass on the embedding before the final norm.
     """
 
+    SETTINGS: ClassVar[dict[str, str]] = {"MODEL.DECODER.REFERENCE_EPS": "reference_eps"}
+
     @configurable
     def __init__(
         self,
@@ -53,6 +55,7 @@ class DETRHeads(nn.Module):
         offsets: bool = False,
         box_feedback: bool = False,
         spatial_query: SpatialQuery | None = None,
+        reference_eps: float = 1e-5,
     ) -> None:
         """
         Args:
@@ -67,6 +70,8 @@ class DETRHeads(nn.Module):
                 initially zero.
             box_feedback: pass the boxes of the previous stage to each stage.
             spatial_query: of conditional attention, shared by all stages.
+            reference_eps: reference points are kept this far from the borders of the image, in
+                shares of its size, before boxes are offset from their logits.
         """
         super().__init__()
         self.in_feature = in_feature
@@ -74,6 +79,7 @@ class DETRHeads(nn.Module):
         self.dim = dim
         self.offsets = offsets
         self.box_feedback = box_feedback
+        self.reference_eps = reference_eps
         self.stages = nn.ModuleList(make_stage(i) for i in range(num_stages))
         self.spatial_query = spatial_query
         self.norm = nn.LayerNorm(dim)
@@ -129,6 +135,7 @@ class DETRHeads(nn.Module):
             "prior_prob": decoder.PRIOR_PROB if focal else None,
             "offsets": cfg.MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS != "none",
             "box_feedback": decoder.SELF_ATTENTION == "iou_esa",
+            "reference_eps": decoder.REFERENCE_EPS,
         }
 
     @classmethod
@@ -194,7 +201,8 @@ class DETRHeads(nn.Module):
         (Eq. 1)."""
         coordinates = at_least_float32(self.box_coordinates(embedding))
         if self.offsets:
-            center = coordinates[..., :2] + inverse_sigmoid(queries.points_xy)
+            points = inverse_sigmoid(queries.points_xy, self.reference_eps)
+            center = coordinates[..., :2] + points
             coordinates = torch.cat((center, coordinates[..., 2:]), dim=-1)
         return cxcywh_to_xyxy(coordinates.sigmoid()) * sizes.whwh[:, None]
 

@@ -27,6 +27,8 @@ def build_dynamic_conv_stage(cfg: CfgNode) -> DynamicConvStage:
         activation=decoder.ACTIVATION,
         dropout=decoder.DROPOUT,
         prior_prob=decoder.PRIOR_PROB if focal else None,
+        min_box_scale=decoder.MIN_BOX_SCALE,
+        max_box_scale=decoder.MAX_BOX_SCALE,
     )
 
 

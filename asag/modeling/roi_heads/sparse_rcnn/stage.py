@@ -5,9 +5,11 @@ B images, N queries, C channels, K classes, P pooled positions.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
-from ...layers.boxes import at_least_float32, decode_deltas
+from ...layers.boxes import MAX_SCALE, at_least_float32, decode_deltas
 from ...layers.feed_forward import make_tower
 from ...layers.init import prior_bias, xavier_init_matrices
 
@@ -17,6 +19,11 @@ class DynamicConvStage(nn.Module):
 
     The papers differ in `attention` and `interaction`.
     """
+
+    SETTINGS: ClassVar[dict[str, str]] = {
+        "MODEL.DECODER.MIN_BOX_SCALE": "min_box_scale",
+        "MODEL.DECODER.MAX_BOX_SCALE": "max_box_scale",
+    }
 
     def __init__(
         self,
@@ -30,6 +37,8 @@ class DynamicConvStage(nn.Module):
         activation: str = "relu",
         dropout: float = 0.0,
         prior_prob: float | None = 0.01,
+        min_box_scale: float = 0.0,
+        max_box_scale: float = MAX_SCALE,
     ) -> None:
         """
         Args:
@@ -42,8 +51,12 @@ class DynamicConvStage(nn.Module):
             activation: of the towers.
             dropout: rate behind the attention.
             prior_prob: initial class probability; None for softmax classifiers.
+            min_box_scale, max_box_scale: bounds of the factor by which the stage may change a side
+                of a box; 0 leaves shrinking free.
         """
         super().__init__()
+        self.min_box_scale = min_box_scale
+        self.max_box_scale = max_box_scale
         self.attention = attention
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(dim)
@@ -76,4 +89,7 @@ class DynamicConvStage(nn.Module):
         cls_query, reg_query, query = self.interaction(query, roi_features)
         logits = self.class_logits(self.cls_tower(cls_query))
         deltas = self.box_deltas(self.reg_tower(reg_query))
-        return at_least_float32(logits), decode_deltas(deltas, boxes_xyxy), query
+        boxes_xyxy = decode_deltas(
+            deltas, boxes_xyxy, min_scale=self.min_box_scale, max_scale=self.max_box_scale
+        )
+        return at_least_float32(logits), boxes_xyxy, query
