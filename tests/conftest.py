@@ -1,10 +1,12 @@
 """Fixtures shared by all tests."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from detectron2.utils.logger import setup_logger
 from web_server import Server
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -45,3 +47,16 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield made
         made.shutdown()
         thread.join()
+
+
+@pytest.fixture(autouse=True)
+def fresh_loggers():
+    """Removes the handlers that `train_net.main` attaches: they must not outlive a test's captured
+    output."""
+    yield
+    for name in ("fvcore", "detectron2", "asag"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            logger.removeHandler(handler)
+        logger.propagate = True
+    setup_logger.cache_clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.utils.logger import setup_logger
 from engine_support import CONFIG, register_tiny_shapes, tiny_options, write_coco_folder
 
 from asag import load_config
@@ -39,18 +37,6 @@ def issue(capsys, argv: list[str]) -> str:
     assert sum("error: " in line for line in message) == 1
     assert not any("Traceback" in line for line in message)
     return "\n".join(message)
-
-
-@pytest.fixture(autouse=True)
-def fresh_loggers():
-    """main attaches handlers to the loggers; they must not outlive a test's captured output."""
-    yield
-    for name in ("fvcore", "detectron2", "asag"):
-        logger = logging.getLogger(name)
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-        logger.propagate = True
-    setup_logger.cache_clear()
 
 
 def box_ap(log: str) -> str:

@@ -35,7 +35,7 @@ def test_every_configuration_has_one_name():
     assert len({p.stem for p in files}) == len(files) > 50
     names = {x for x in model_zoo.names() if model_zoo.entry(x).recipe}
     assert {p.stem for p in files} == names
-    assert {OWN} < set(model_zoo.names()) - names
+    assert {OWN, model_zoo.PHOTOGRAPHS} < set(model_zoo.names()) - names
     assert model_zoo.names() == sorted(model_zoo.names())
 
 

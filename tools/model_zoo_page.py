@@ -81,7 +81,8 @@ def render(entries: Sequence[Entry], figures: Mapping[str, Any], sources: Mappin
     folders = sorted({x.config.parent.name for x in entries})
     for folder in folders:
         recipes = [x for x in entries if x.config.parent.name == folder and x.recipe]
-        parts.append(f"## {sources.get(folder, {}).get('paper', 'Combinations')}\n")
+        source = sources.get(folder, {})
+        parts.append(f"## {source.get('title') or source.get('paper', 'Combinations')}\n")
         if repository := sources.get(folder, {}).get("repository"):
             parts.append(f"The authors' code: {repository}\n")
         parts.append(_recipe_table(recipes, figures["models"]))

@@ -66,6 +66,8 @@ def get(
     cfg = config(name, [*options, "MODEL.DEVICE", choose_device(device)])
     if pretrained is True:
         pretrained = pretrained_weights(entry(name))
+    if pretrained:  # a backbone needs no weights of its own then
+        cfg.MODEL.WEIGHTS = os.fspath(pretrained)
     model = build_model(cfg)
     if pretrained:
         load_weights(model, os.fspath(pretrained))
