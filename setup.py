@@ -40,7 +40,7 @@ setup(
     package_data={"asag.model_zoo": ["*.json", "weights/*"]},
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["asag = asag.cli:main"]},
-    # No "detectron2" here: PyPI has no project of that name. See tools/install_detectron2.py.
+    # No "detectron2" here: PyPI has no project of that name. See tools/setup/install_detectron2.py.
     install_requires=[
         "torch>=2.1",
         "torchvision>=0.16",

@@ -5,8 +5,8 @@
     python tools/analyze.py CONFIG CONFIG --input 800x1333 --json
     python tools/analyze.py CONFIG --annotations val.json --images 100
 
-What is counted and what is not is described in `tools/flops.py`. Weights are not loaded: figures
-depend on shapes only. The published figures of a configuration stand in
+`tools/analysis/flops.py` describes the operations that are counted. Weights are not loaded: the
+figures depend on shapes only. The published figures of a configuration are read from
 `projects/*/reference_figures.json`.
 """
 
@@ -20,15 +20,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from asag import load_config
 
-from asag import load_config  # noqa: E402
+import torch
+from analysis.flops import Count, components, count_flops, count_parameters
+from benchmarks.measuring import image_size
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 
-import torch  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from flops import Count, components, count_flops, count_parameters  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,18 +75,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE overrides, last"
     )
     return parser.parse_args(arguments)
-
-
-def image_size(text: str) -> tuple[int, int]:
-    """ "800x1216" -> (800, 1216), height first.
-
-    Raises:
-        argparse.ArgumentTypeError: not two positive numbers.
-    """
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) * int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for example 800x1216")
-    return int(height), int(width)
 
 
 def report(path: str, cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:

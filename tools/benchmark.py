@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,35 +23,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-from asag import load_config  # noqa: E402
-from asag.config.loading import find_config  # noqa: E402
-from asag.data import SampleError  # noqa: E402
-from asag.diagnostics.profiling import (  # noqa: E402
+from asag import load_config
+from asag.config.loading import find_config
+from asag.data import SampleError
+from asag.diagnostics.profiling import (
     PhaseTimer,
     host_waits,
     resident_bytes,
     saved_bytes,
 )
-from asag.diagnostics.step_profile import (  # noqa: E402
+from asag.diagnostics.step_profile import (
     THRESHOLDS,
     hints,
     profile_steps,
 )
-from asag.diagnostics.step_profile import render as render_profile  # noqa: E402
-from asag.engine import NonFiniteLossError  # noqa: E402
-from asag.engine.memory import NotEnoughMemoryError  # noqa: E402
-from asag.engine.optimizer import build_clipper, build_optimizer  # noqa: E402
-from asag.engine.step import AMP_DTYPES, TrainStep  # noqa: E402
-from asag.inference.deploy import fold_batch_norms  # noqa: E402
+from asag.diagnostics.step_profile import render as render_profile
+from asag.engine import NonFiniteLossError
+from asag.engine.memory import NotEnoughMemoryError
+from asag.engine.optimizer import build_clipper, build_optimizer
+from asag.engine.step import AMP_DTYPES, TrainStep
+from asag.inference.deploy import fold_batch_norms
 
-import torch  # noqa: E402
-from analyze import image_size  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
+import torch
+from benchmarks.measuring import device_name, image_size, positive
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 MODES = ("inference", "training")
 STEP_ERRORS = (NonFiniteLossError, NotEnoughMemoryError, SampleError)  # of --profile
@@ -306,17 +302,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def positive(text: str) -> int:
-    """A whole number above zero.
-
-    Raises:
-        argparse.ArgumentTypeError: anything else.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parse(arguments)
@@ -363,13 +348,6 @@ def write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Into the file of --json, if there is one."""
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2))
-
-
-def device_name(device: str) -> str:
-    """What the times were taken on."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU ({torch.get_num_threads()} threads)"
 
 
 if __name__ == "__main__":

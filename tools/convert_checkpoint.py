@@ -19,23 +19,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from asag.checkpoint.asag import keep_copy  # noqa: E402
-from asag.checkpoint.layouts import (  # noqa: E402
+from asag.checkpoint.asag import keep_copy
+from asag.checkpoint.layouts import (
     LAYOUTS,
     OURS,
     TRANSFORMERS,
     ConversionError,
     convert,
 )
-from asag.checkpoint.reading import read_checkpoint  # noqa: E402
-from asag.files import atomic_writer  # noqa: E402
+from asag.checkpoint.reading import read_checkpoint
+from asag.files import atomic_writer
 
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import safetensors.torch
+import torch
+from torch import Tensor
 
 SAFETENSORS, PICKLES = ".safetensors", (".pth", ".pt", ".bin")
 LISTED = 20  # names, at most, that a message lists

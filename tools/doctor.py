@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 MINIMUM_PYTHON = (3, 10)
 TINY_CONFIG = ROOT / "configs" / "SparseRCNN" / "sparse_rcnn_tiny.yaml"
 
@@ -32,7 +32,7 @@ TESTED_DETECTRON2 = (
     "v0.5 (the compatibility wheel) and official main at 02b5c4e of 2026-06-06 (version 0.6)"
 )
 INSTALL_PACKAGE = "python -m pip install --no-build-isolation --no-deps -e ."
-INSTALL_DETECTRON2 = "python tools/install_detectron2.py"
+INSTALL_DETECTRON2 = "python tools/setup/install_detectron2.py"
 
 
 class Line(NamedTuple):
@@ -159,7 +159,7 @@ def check_detectron2() -> Iterator[Line]:
         yield Line(
             "note",
             f"this Detectron2 was not tested; the tests of asag pass on {TESTED_DETECTRON2}",
-            "python -m pytest tests/test_detectron2_host.py",
+            "python -m pytest tests/detectron2_host/test_detectron2_host.py",
         )
     zoo = folder / "model_zoo" / "model_zoo.py"
     needs_pkg_resources = zoo.is_file() and "import pkg_resources" in zoo.read_text()

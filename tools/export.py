@@ -25,13 +25,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from asag import __version__, load_config  # noqa: E402
-from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.config.loading import find_config  # noqa: E402
-from asag.export import (  # noqa: E402
+from asag import __version__, load_config
+from asag.checkpoint.loading import load_weights
+from asag.config.loading import find_config
+from asag.export import (
     ExportableDetector,
     ExportError,
     Tolerance,
@@ -41,11 +38,11 @@ from asag.export import (  # noqa: E402
     generated_pictures,
     read_pictures,
 )
-from asag.export.onnx_file import require_packages  # noqa: E402
-from asag.inference.predictor import find_class_names  # noqa: E402
+from asag.export.onnx_file import require_packages
+from asag.inference.predictor import find_class_names
 
-import torch  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
+import torch
+from detectron2.modeling import build_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

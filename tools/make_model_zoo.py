@@ -22,19 +22,18 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from asag import load_config, model_zoo
+from asag.files import atomic_writer
+from asag.model_zoo.entries import FOLDER, Entry, read
 
-from asag import load_config, model_zoo  # noqa: E402
-from asag.files import atomic_writer  # noqa: E402
-from asag.model_zoo.entries import FOLDER, Entry, read  # noqa: E402
+import analyze
+import torch
+from analysis.free_convolutions import free_convolutions
+from checkout import ROOT, import_from_tests
+from detectron2.config import CfgNode
+from zoo.model_zoo_page import render
 
-import analyze  # noqa: E402
-import torch  # noqa: E402
-import verify  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from free_convolutions import free_convolutions  # noqa: E402
-from model_zoo_page import render  # noqa: E402
+verify = import_from_tests("conformance.runner")
 
 FIGURES = FOLDER / "figures.json"
 PAGE = ROOT / "MODEL_ZOO.md"

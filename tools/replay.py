@@ -14,10 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from asag.diagnostics.replay import load_step, replay, report  # noqa: E402
+from asag.diagnostics.replay import load_step, replay, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,20 +18,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from asag.checkpoint.loading import load_weights
+from asag.data import register_dataset
+from asag.data.errors import DatasetError
+from asag.engine.trainer import Trainer
+from asag.model_zoo.loading import RUN_WEIGHTS, choose_device
+from asag.report import REPORT_FILE, Run, RunFolderError, write_report
 
-from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.data import register_dataset  # noqa: E402
-from asag.data.errors import DatasetError  # noqa: E402
-from asag.engine.trainer import Trainer  # noqa: E402
-from asag.model_zoo.loading import RUN_WEIGHTS, choose_device  # noqa: E402
-from asag.report import REPORT_FILE, Run, RunFolderError, write_report  # noqa: E402
-
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import DatasetCatalog  # noqa: E402
-from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
-from torch import nn  # noqa: E402
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation.testing import flatten_results_dict
+from torch import nn
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -150,11 +150,11 @@ def execute(run: Run, per_stage: bool) -> None:
 
 
 def evaluate(run: Run, *options: str) -> list[dict[str, float]]:
-    """Metrics of the trained detector by stage, see `tools/stage_metrics.py`."""
+    """Metrics of the trained detector by stage, see `tools/analysis/stage_metrics.py`."""
     output = run.folder / "stages.json"
     weights = ["MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
     arguments = ["--output", str(output), *options, *run.command, *weights]
-    run_script("tools/stage_metrics.py", arguments, run.folder / "study.log")
+    run_script("tools/analysis/stage_metrics.py", arguments, run.folder / "study.log")
     return json.loads(output.read_text())
 
 

@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
 from asag import load_config
 from asag.data import (
     CocoSplit,
@@ -20,10 +24,6 @@ from asag.data import (
     register_coco_splits,
     register_dataset,
 )
-
-import numpy as np
-from detectron2.data import DatasetCatalog
-from PIL import Image
 
 from .common import ROOT, Case, expect
 

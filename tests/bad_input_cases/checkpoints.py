@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asag.checkpoint.checkpointer import AtomicCheckpointer
-
 import numpy as np
 import torch
 from torch import nn
+
+from asag.checkpoint.checkpointer import AtomicCheckpointer
 
 from .common import Case, expect
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from detectron2.config import CfgNode
+
 from asag import load_config
 from asag.config.rules import RULES, OneOf, Range, check_config
 from asag.engine import Trainer
 from asag.inference.tta import check_test_augmentation
-
-import numpy as np
-from detectron2.config import CfgNode
 
 from .common import ROOT, Case, expect
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from asag.data.crowdhuman import load_crowdhuman
-
 import numpy as np
 from PIL import Image
+
+from asag.data.crowdhuman import load_crowdhuman
 
 from .common import Case, expect
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from asag import load_config
-from asag.data import SparseDetectionMapper, build_train_loader
-
 import numpy as np
 from detectron2.structures import BoxMode
 from PIL import Image
+
+from asag import load_config
+from asag.data import SparseDetectionMapper, build_train_loader
 
 from .common import ROOT, Case, expect
 

@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
-from bad_input_cases import common
-from bad_input_cases.common import Case, WrongResult, judge
-from bad_inputs import SUITES, all_cases, failures, markdown, summary
 
 from asag.data import DatasetError, read_image
 from asag.data.coco_json import load_json
+from bad_input_cases import common
+from bad_input_cases.battery import SUITES, all_cases, failures, markdown, summary
+from bad_input_cases.common import Case, WrongResult, judge
 
-TABLE = Path(__file__).resolve().parents[1] / "docs" / "bad_inputs.md"
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "bad_inputs.md"
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.__name__.rpartition(".")[2])

@@ -15,7 +15,7 @@ from asag import load_config
 from asag.checkpoint.layouts import LAYOUTS, recognize
 from asag.checkpoint.loading import PublishedCheckpointer, to_library_names
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # A line of a listing: a name, then its shape in any kind of brackets.
 _ENTRY = re.compile(r"(?P<name>[\w.]+)\s+[\[(](?P<shape>[\d, ]*)[\])]")
 COLUMNS = ["MODEL.ROI_HEADS.NUM_CLASSES", "91"]

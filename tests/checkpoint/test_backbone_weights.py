@@ -17,7 +17,7 @@ from asag.checkpoint.loading import PublishedCheckpointer
 from asag.checkpoint.mapping import NameTable
 from asag.checkpoint.resnet import image_classifier_to_ours, torchvision_rules, transformers_rules
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL: list[Any] = [
     *("MODEL.DEVICE", "cpu"),
     *("MODEL.WEIGHTS", ""),

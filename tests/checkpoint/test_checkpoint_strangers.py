@@ -16,7 +16,7 @@ from asag.checkpoint.layouts import LAYOUTS
 from asag.checkpoint.loading import PublishedCheckpointer, detector_layout, source_of
 from asag.checkpoint.report import BATCH_COUNTER, LoadReport
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = {
     "authors-sparse-rcnn": "SparseRCNN/sparse_rcnn_tiny.yaml",
     "authors-iou-sparse-rcnn": "IoUEnhancedSparseRCNN/iou_sparse_rcnn_tiny.yaml",

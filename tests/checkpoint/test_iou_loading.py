@@ -15,7 +15,7 @@ from asag.checkpoint import IOU_SPARSE_RCNN, SPARSE_RCNN
 from asag.checkpoint.loading import PublishedCheckpointer, to_library_names
 from asag.checkpoint.swin import SWIN_IMAGENET
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "SparseRCNN/sparse_rcnn_tiny.yaml": SPARSE_RCNN,
     "IoUEnhancedSparseRCNN/iou_sparse_rcnn_tiny.yaml": IOU_SPARSE_RCNN,

@@ -30,7 +30,7 @@ from asag.structures import ImageSizes
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("timm", reason="transformers' backbones come from timm, not installed")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     "DETR": "configs/DETR/detr_r50_50ep.yaml",
     "ConditionalDETR": "configs/ConditionalDETR/conditional_detr_r50_50ep.yaml",

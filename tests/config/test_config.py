@@ -16,7 +16,7 @@ from asag.modeling.meta_arch import INFERENCE_DTYPES
 from asag.modeling.roi_heads.asag.heads import STAGES
 from train_net import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")
 CONFIGS = sorted(p for p in ROOT.glob("configs/*/*.yaml") if not p.name.startswith("Base"))
 

@@ -1,11 +1,12 @@
 """The verification suite of the CrowdHuman metrics: passes, fails and refuses where it should."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+from conformance.suites import crowdhuman as suite
+from conformance.suites.common import UnknownCase, compare
+
 CASE = {
     "ground_truth": {
         "images": [{"id": 1, "width": 50, "height": 50}],
@@ -22,17 +23,7 @@ CASE = {
 }
 
 
-@pytest.fixture
-def suite(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    from verify_suites import crowdhuman
-
-    return crowdhuman
-
-
-def outcome(suite, path):
-    from verify_suites.common import compare
-
+def outcome(path):
     return {check.name: compare(check)[1] for check in suite.verify(path)}
 
 
@@ -41,31 +32,29 @@ def write(path, case):
     return path
 
 
-def test_right_figures_pass_under_any_name(suite, tmp_path):
+def test_right_figures_pass_under_any_name(tmp_path):
     path = write(tmp_path / "whatever", CASE)
     expected = {"AP": True, "mMR": True, "Recall": True, "real_boxes": True}
-    assert outcome(suite, path) == expected
+    assert outcome(path) == expected
 
 
 @pytest.mark.parametrize("key", ["AP", "mMR", "Recall", "real_boxes"])
-def test_wrong_figure_fails(suite, tmp_path, key):
+def test_wrong_figure_fails(tmp_path, key):
     wrong = CASE | {"expected": CASE["expected"] | {key: 0.7}}
-    result = outcome(suite, write(tmp_path / "a.json", wrong))
+    result = outcome(write(tmp_path / "a.json", wrong))
     assert [name for name, passed in result.items() if not passed] == [key]
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", "{}", json.dumps(CASE | {"expected": {}})])
-def test_other_files_are_unknown_cases(suite, tmp_path, content):
-    from verify_suites.common import UnknownCase
-
+def test_other_files_are_unknown_cases(tmp_path, content):
     path = tmp_path / "a.json"
     path.write_text(content)
     with pytest.raises(UnknownCase, match=r"a\.json"):
         list(suite.verify(path))
 
 
-def test_golden_folder(suite, golden_dir):
+def test_golden_folder(golden_dir):
     files = sorted((golden_dir / "crowdhuman").glob("*.json"))
     assert files
     for path in files:
-        assert all(outcome(suite, path).values()), path.name
+        assert all(outcome(path).values()), path.name

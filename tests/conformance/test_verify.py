@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import verify
-from verify_suites.common import Check, compare
 
-IMPLEMENTED = sorted(verify.load_suites())
+from conformance.runner import load_suites
+from conformance.suites.common import Check, compare
+
+IMPLEMENTED = sorted(load_suites())
 
 
 @pytest.mark.parametrize("suite", IMPLEMENTED)

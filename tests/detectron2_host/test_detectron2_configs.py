@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog
 from asag import add_asag_config, load_config
 from asag.config.loading import leaves
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(
     path.relative_to(ROOT)
     for folder in ("configs", "projects")

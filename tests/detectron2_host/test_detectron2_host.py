@@ -34,7 +34,7 @@ from asag.engine import (
 )
 from asag.modeling.meta_arch import SparseDetector
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ITERATIONS, MORE = 12, 2
 ARCHITECTURES = {
     "SparseRCNN": "SparseRCNN/sparse_rcnn_tiny.yaml",

@@ -6,9 +6,9 @@ import json
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
 from engine_support import CONFIG, register_tiny_shapes, tiny_cfg, tiny_options
@@ -18,10 +18,6 @@ from asag.diagnostics.profiling import PhaseTimer, device_busy_ms
 from asag.diagnostics.step_profile import StepProfile, hints, profile_steps, render
 from asag.engine import trainer
 from asag.modeling.matching import HungarianMatcher
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
-import benchmark
 
 PHASES = {
     "data", "other", "backbone", "proposal_generator", "roi_heads", "matcher", "criterion",

@@ -24,7 +24,7 @@ from asag.data.shapes import ANNOTATION_FILE
 from asag.engine.defaults import configure
 from train_net import build_parser, main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def arguments(output_dir: Path, *flags: str, **changes) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from engine_support import CONFIG, losses, register_tiny_shapes, tiny_cfg, tiny_options, weights
-from test_activation_checkpointing import FAMILIES, make_model
+from family_support import FAMILIES, make_model
 
 from asag.engine import Trainer
 from asag.engine.memory import (

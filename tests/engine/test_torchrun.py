@@ -19,7 +19,7 @@ from recorded_training import PROCESS_FILE, read_losses
 from asag.engine import launch
 from asag.engine.launch import EARLIER, resume_if_restarted
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 START = 300  # seconds that a busy machine may take to start two processes
 GONE = 60  # seconds after the death of one process in which all others have to be gone
@@ -83,7 +83,7 @@ def ready(folder: Path) -> Callable[[], bool]:
 
 def test_restart_goes_on_and_losses_equal_those_of_one_process(data, tmp_path):
     one, two, log = tmp_path / "one", tmp_path / "two", tmp_path / "log.txt"
-    tool = str(ROOT / "tools/recorded_training.py")
+    tool = str(ROOT / "tools/recovery/recorded_training.py")
     changes = {"SOLVER__MAX_ITER": STEPS}
     command = [*TORCHRUN, "--max-restarts", "1", tool, *arguments(data, two, **changes)]
     with started(command, log) as job:
@@ -110,7 +110,7 @@ def test_death_of_one_process_ends_the_job(data, tmp_path, launcher):
     out, log = tmp_path / "out", tmp_path / "log.txt"
     words = arguments(data, out, SOLVER__MAX_ITER=100000)
     if launcher == "torchrun":
-        command = [*TORCHRUN, str(ROOT / "tools/recorded_training.py"), *words]
+        command = [*TORCHRUN, str(ROOT / "tools/recovery/recorded_training.py"), *words]
     else:
         command = [sys.executable, str(ROOT / "train_net.py"), "--num-gpus", "2", *words]
     with started(command, log) as job:

@@ -17,7 +17,7 @@ from asag.engine import Trainer
 from asag.engine.rng import rng_state
 from asag.engine.validation import validation_losses
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 VAL = {"DATASETS__TEST": "('engine_shapes_val',)"}
 DROPOUT = {
     "MODEL__DECODER__DROPOUT": 0.5,

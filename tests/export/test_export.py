@@ -34,7 +34,7 @@ from asag.export.suppression import keep_best
 from asag.modeling.layers.position_encoding import FeaturePositions
 from asag.structures import ImageSizes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SIZE = (64, 96)
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 needs_onnx = pytest.mark.skipif(

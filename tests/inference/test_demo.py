@@ -20,7 +20,7 @@ from asag.checkpoint import SPARSE_RCNN
 from asag.checkpoint.loading import load_weights
 from asag.inference.predictor import Predictor, find_class_names
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "configs" / "SparseRCNN" / "sparse_rcnn_tiny.yaml")
 NAMES = ["disc", "box", "wedge", "star", "ring"]
 

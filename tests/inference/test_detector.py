@@ -23,7 +23,7 @@ from asag.data.shapes import ANNOTATION_FILE, ShapesSpec, make_shapes
 from asag.inference.detector import to_rgb
 from asag.inference.predictor import Predictor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OWN = "sparse_rcnn_tiny_shapes"
 EXIF_ORIENTATION, ROTATED_LEFT = 0x0112, 8
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from asag import load_config
 from asag.inference.deploy import fold_batch_norms, prepare_for_inference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = sorted(ROOT.glob("configs/*/*_tiny.yaml"))
 
 

@@ -7,20 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import free_convolutions
 import make_model_zoo
-import package_checkpoint
 import pytest
 import torch
+from analysis import free_convolutions
+from analysis.flops import count_flops
 from detectron2.modeling import build_model
-from flops import count_flops
+from zoo import package_checkpoint
 
 from asag import load_config, model_zoo
 from asag.checkpoint.loading import load_weights
 from asag.model_zoo import entries
 from asag.model_zoo.entries import WEIGHTS, config_files, read
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OWN = "sparse_rcnn_tiny_shapes"
 TINY = "sparse_rcnn_tiny"
 

@@ -20,7 +20,7 @@ from asag.checkpoint.asag import keep_copy
 from asag.engine.launch import launch
 from asag.engine.optimizer import parameter_groups
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "configs" / "ASAG"
 ABLATIONS = ROOT / "projects" / "ASAG" / "ablations"
 TINY = RECIPES / "asag_tiny.yaml"

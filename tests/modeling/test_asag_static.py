@@ -17,7 +17,7 @@ from asag.modeling.proposal_generator.asag.anchors import GeneratedAnchors
 from asag.modeling.proposal_generator.asag.generator import AdaptiveSparseAnchors
 from asag.structures import ImageSizes, Queries, Targets
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {
     "MODEL.DEVICE": "cpu",
     "MODEL.SLIM_RESNET.WIDTH": 8,

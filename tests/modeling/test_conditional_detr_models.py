@@ -19,7 +19,7 @@ from asag.checkpoint.detr import UNUSED_CATEGORIES
 from asag.checkpoint.loading import PublishedCheckpointer
 from asag.structures import ImageSizes, Predictions
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONDITIONAL, PLAIN = ROOT / "configs" / "ConditionalDETR", ROOT / "configs" / "DETR"
 ABLATIONS = ROOT / "projects" / "ConditionalDETR" / "ablations"
 TINY = CONDITIONAL / "conditional_detr_tiny.yaml"

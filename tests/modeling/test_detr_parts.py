@@ -34,7 +34,7 @@ from asag.modeling.roi_heads.detr.cross_attention import (
 )
 from asag.structures import ImageSizes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 C, H = 16, 4
 
 

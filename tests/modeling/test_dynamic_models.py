@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
-from test_iou_models import count, load, small, training_inputs
+from model_support import count, load, small, training_inputs
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou
 
@@ -24,7 +24,7 @@ from asag.modeling.proposal_generator import DynamicProposals
 from asag.modeling.roi_heads import ChannelWeightedInteraction, IoUEnhancedSelfAttention
 from asag.structures import ImageSizes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "configs" / "DynamicSparseRCNN"
 COMBINED = ROOT / "configs" / "Combined"
 ABLATIONS = ROOT / "projects" / "DynamicSparseRCNN" / "ablations"

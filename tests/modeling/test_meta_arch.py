@@ -12,7 +12,7 @@ from asag.diagnostics.profiling import host_waits
 from asag.modeling.layers.roi_align import PyramidRoIAlign
 from asag.structures import ImageSizes, Queries
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")
 CONFIGS = sorted(p for p in ROOT.glob("configs/*/*.yaml") if not p.name.startswith("Base"))
 

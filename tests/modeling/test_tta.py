@@ -247,7 +247,7 @@ def test_nms_works_class_by_class() -> None:
 
 def test_one_copy_of_the_same_size_changes_nothing() -> None:
     torch.manual_seed(0)
-    config = Path(__file__).resolve().parents[1] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
+    config = Path(__file__).resolve().parents[2] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
     one_copy = [
         "TEST.AUG.MIN_SIZES",
         "(64,)",

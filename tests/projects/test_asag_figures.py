@@ -12,8 +12,8 @@ import torch
 from engine_support import register_tiny_shapes
 from PIL import Image
 
-PROJECT = Path(__file__).resolve().parents[1] / "projects" / "ASAG"
-TINY = Path(__file__).resolve().parents[1] / "configs" / "ASAG" / "asag_tiny.yaml"
+PROJECT = Path(__file__).resolve().parents[2] / "projects" / "ASAG"
+TINY = Path(__file__).resolve().parents[2] / "configs" / "ASAG" / "asag_tiny.yaml"
 sys.path.insert(0, str(PROJECT))
 
 import anchor_observations  # noqa: E402

@@ -18,7 +18,7 @@ from PIL import Image
 from asag import load_config
 from asag.structures import ImageSizes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROJECT = ROOT / "projects" / "ConditionalDETR"
 CONDITIONAL = ROOT / "configs/ConditionalDETR/conditional_detr_tiny.yaml"
 PLAIN = ROOT / "configs/DETR/detr_tiny.yaml"

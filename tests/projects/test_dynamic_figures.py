@@ -14,7 +14,7 @@ from engine_support import register_tiny_shapes, tiny_cfg, tiny_options, write_c
 from PIL import Image
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "projects" / "DynamicSparseRCNN"))
 
 import figures  # noqa: E402

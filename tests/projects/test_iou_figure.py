@@ -16,7 +16,7 @@ from PIL import Image
 
 from asag import load_config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "configs/IoUEnhancedSparseRCNN/iou_sparse_rcnn_tiny.yaml")
 OPTIONS = ["MODEL.DEVICE", "cpu", "MODEL.PROPOSAL_GENERATOR.NUM_QUERIES", "9"]
 PLAIN = ["MODEL.META_ARCHITECTURE", "SparseDetector"]

@@ -45,7 +45,7 @@ from asag.report.record import report_training
 from asag.structures import ImageSizes
 from train_net import main as train_net
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "img", "wbr"}
 
 
@@ -117,8 +117,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
-def tool(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+def tool():
     import report
 
     return report.main

@@ -15,7 +15,7 @@ from asag import load_config
 from asag.data import ShapesSpec, register_shapes
 from asag.data.shapes import make_shapes
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
 SPEC = ShapesSpec(
     name="engine_shapes",
     class_names=("circle", "square"),

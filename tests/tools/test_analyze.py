@@ -1,19 +1,16 @@
 """The analysis tool: parameters, multiply-adds and their comparison with published figures."""
 
 import json
-import sys
 from pathlib import Path
 
+import analyze
 import pytest
 import torch
+from analysis import flops
 from detectron2.structures import ImageList
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import analyze  # noqa: E402
-import flops  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 TINY = str(ROOT / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")
 R50 = str(ROOT / "configs/SparseRCNN/sparse_rcnn_r50_100pro_3x.yaml")

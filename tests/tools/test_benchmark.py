@@ -1,10 +1,10 @@
 """The benchmark: phases, interleaving, host waits and memory."""
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
 from torch import nn
@@ -12,10 +12,7 @@ from torch import nn
 from asag.diagnostics import profiling
 from asag.diagnostics.profiling import PhaseTimer, host_waits, resident_bytes, saved_bytes
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import benchmark  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 TINY = str(ROOT / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")
 SMALL = ("--size", "64x64", "--batch", "1", "--iterations", "3", "--warmup", "1", "--device", "cpu")

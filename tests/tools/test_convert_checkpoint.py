@@ -16,7 +16,7 @@ from asag import load_config
 from asag.checkpoint.layouts import LAYOUTS, OURS, ConversionError, convert, recognize
 from asag.checkpoint.reading import read_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NARROW: list[Any] = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 4),
     *("MODEL.RESNETS.WIDTH_PER_GROUP", 4),

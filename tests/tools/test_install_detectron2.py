@@ -14,16 +14,12 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import install_detectron2
 import pytest
+from detectron2_edits import EDITS, STAND_IN, Edit, describe_edits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import install_detectron2  # noqa: E402
-from detectron2_edits import EDITS, STAND_IN, Edit, describe_edits  # noqa: E402
-from install_detectron2 import InstallError  # noqa: E402
+from install_detectron2 import InstallError
 
 
 def write_sdist(path: Path, files: dict[str, bytes]) -> str:

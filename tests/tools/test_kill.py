@@ -12,7 +12,7 @@ import torch
 from kill_test import broken_checkpoint, differences
 from recorded_training import read_losses
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "kill_test.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools/recovery/kill_test.py"
 
 
 def test_three_kills():

@@ -12,16 +12,14 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import collect_wheels
+import doctor
 import pytest
+import setup_env
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-
-import collect_wheels  # noqa: E402
-import doctor  # noqa: E402
-import setup_env  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 TARGETS = ("3.10", "3.11", "3.12", "3.13")
 
@@ -35,11 +33,11 @@ def run_make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """The files set-up needs, without an environment."""
-    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/setup").mkdir(parents=True)
     for name in ("Makefile", "requirements.txt", "requirements-dev.txt", "setup.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("setup_env.py", "install_detectron2.py", "detectron2_edits.py"):
-        shutil.copy(ROOT / "tools" / name, tmp_path / "tools")
+        shutil.copy(ROOT / "tools/setup" / name, tmp_path / "tools/setup")
     return tmp_path
 
 
@@ -169,8 +167,8 @@ def test_make_repeats_setup_only_when_its_inputs_change(checkout):
 
 def test_make_wheelhouse_takes_a_target_version(checkout):
     out = run_make(checkout, "-n", "wheelhouse", "PYTHON=3.12", "WITHOUT=timm scipy").stdout
-    assert 'tools/collect_wheels.py --python "3.12" --without timm scipy' in out
-    assert "python3 tools/setup_env.py" in out
+    assert 'tools/setup/collect_wheels.py --python "3.12" --without timm scipy' in out
+    assert "python3 tools/setup/setup_env.py" in out
 
 
 # --- wheelhouse

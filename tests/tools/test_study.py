@@ -6,22 +6,19 @@ import itertools
 import json
 import math
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import study
 import torch
 import yaml
+from analysis import stage_metrics
 from detectron2.modeling import build_model
 from engine_support import register_tiny_shapes, tiny_cfg, tiny_options
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import stage_metrics  # noqa: E402
-import study  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 CONFIG = "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
 STUDY: dict[str, Any] = {
@@ -201,7 +198,7 @@ def test_a_run_that_broke_off_before_its_evaluation_is_evaluated(
     assert result["metrics"] == {"AP": 13.0}, "not that of an earlier iteration"
     assert ("per_stage" in result) == per_stage
     script, arguments = scripts.calls[-1]
-    assert script == "tools/stage_metrics.py" and ("--last-only" in arguments) != per_stage
+    assert script == "tools/analysis/stage_metrics.py" and ("--last-only" in arguments) != per_stage
     assert arguments[-2:] == ["MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     ROOT / "train_net.py",
     *(x for folder in ("tools", "demo", "projects") for x in sorted((ROOT / folder).rglob("*.py"))),
@@ -34,7 +34,7 @@ def test_the_library_is_imported_before_detectron2(script):
         assert first == "asag", f"{script}: import asag before {first}"
 
 
-@pytest.mark.parametrize("name", ["doctor", "report", "setup_env"])
+@pytest.mark.parametrize("name", ["doctor", "report", "setup/setup_env"])
 def test_help_prints_nothing_but_the_help(name):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONWARNINGS"}
     command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"]

@@ -19,11 +19,12 @@ from typing import Any
 
 from asag.structures import ImageSizes
 
-import free_convolutions
 import torch
 from fvcore.nn import FlopCountAnalysis
 from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
+
+from . import free_convolutions
 
 PRODUCTS = ("conv", "linear", "addmm", "bmm", "matmul", "einsum", "baddbmm", "attention")
 """Operators whose count is in multiply-adds: two floating point operations each."""

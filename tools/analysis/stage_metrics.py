@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """Accuracy of a trained detector cut off after each of its stages.
 
-    python tools/stage_metrics.py --output stages.json --config-file CONFIG MODEL.WEIGHTS model.pth
+    python tools/analysis/stage_metrics.py --output stages.json \\
+        --config-file CONFIG MODEL.WEIGHTS model.pth
 
 Takes the arguments of `train_net.py`. Writes a JSON list, one object of metrics a stage; with
 --last-only the list has one entry, the whole detector.
@@ -17,22 +18,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.data.catalog import check_registered  # noqa: E402
-from asag.engine.defaults import (  # noqa: E402
+from asag.checkpoint.loading import load_weights
+from asag.cli import load_command
+from asag.data.catalog import check_registered
+from asag.engine.defaults import (
     choose_device,
     configure,
     register_data,
     use_data,
 )
-from asag.engine.trainer import Trainer  # noqa: E402
-from train_net import build_parser  # noqa: E402
+from asag.engine.trainer import Trainer
 
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
+from detectron2.config import CfgNode
+from detectron2.evaluation.testing import flatten_results_dict
 
 
 def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dict[str, float]]:
@@ -45,7 +43,7 @@ def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dic
     Raises:
         ValueError: no weights or no data set to evaluate on.
     """
-    args = build_parser().parse_args(arguments)
+    args = load_command("train_net.py").build_parser().parse_args(arguments)
     cfg, _ = configure(args)
     choose_device(cfg, args.num_gpus)
     registered = register_data(args, cfg)

@@ -1,4 +1,6 @@
-"""Times the matchers side by side on one batch: `python tools/benchmark_matching.py --help`.
+"""Times the matchers side by side on one batch.
+
+    python tools/benchmarks/benchmark_matching.py --help
 
 Four arms take turns in every round, so that other load on the machine hits all of them alike:
 Hungarian matching, optimal transport solved exactly, optimal transport by batched Sinkhorn

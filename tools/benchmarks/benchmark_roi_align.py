@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times the ways to pool boxes from a feature pyramid, side by side in one run.
 
-    python tools/benchmark_roi_align.py --images 2 --queries 100
-    python tools/benchmark_roi_align.py --device cuda --images 16 --queries 300 --json out.json
+    python tools/benchmarks/benchmark_roi_align.py --images 2 --queries 100
+    python tools/benchmarks/benchmark_roi_align.py --device cuda --images 16 --json out.json
 
 "gather" and "kernel" are the two methods of `PyramidRoIAlign`, "loop" is Detectron2's `ROIPooler`,
 which asks level by level which boxes belong there. Each arm pools for all stages of a detector,
@@ -22,17 +22,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from asag.modeling.layers.roi_align import PyramidRoIAlign
 
-from asag.modeling.layers.roi_align import PyramidRoIAlign  # noqa: E402
-
-import torch  # noqa: E402
-from analyze import image_size  # noqa: E402
-from benchmark import device_name, positive  # noqa: E402
-from detectron2.modeling.poolers import ROIPooler  # noqa: E402
-from detectron2.structures import Boxes  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
+from measuring import device_name, image_size, positive
+from torch import Tensor
 
 STRIDES = (4, 8, 16, 32)
 PHASES = ("forward", "backward", "total")

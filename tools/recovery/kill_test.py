@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kills a training with SIGKILL again and again, resumes it, and compares it with one left alone.
 
-    python tools/kill_test.py --kills 50
+    python tools/recovery/kill_test.py --kills 50
 
 A tiny detector trains on generated images with a checkpoint after every iteration. Each attempt is
 a process of its own, which calls train_net.py's `main` with --resume and is killed at a random

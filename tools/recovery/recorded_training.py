@@ -5,7 +5,7 @@ OUTPUT_DIR/losses.txt gets a line `iteration loss` as soon as an iteration is do
 hexadecimal float (no digit lost); metrics.json smooths and thins out. Lines of a process that is
 killed stay. OUTPUT_DIR/process<rank>.txt holds the id of the latest process of a rank.
 
-    python tools/recorded_training.py ARGUMENTS OF train_net.py
+    python tools/recovery/recorded_training.py ARGUMENTS OF train_net.py
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import train_net
+from asag.cli import load_command
 from asag.engine import Trainer
 
 from detectron2.engine import HookBase
@@ -68,6 +66,7 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
 
 def main(arguments: list[str]) -> int:
     """`train_net.py` with these arguments, recorded; returns its exit code."""
+    train_net = load_command("train_net.py")
     train_net.Trainer = RecordingTrainer
     return train_net.main(arguments)
 

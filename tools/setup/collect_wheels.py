@@ -40,7 +40,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 ON_TARGET = frozenset({"torch", "torchvision", "numpy", "pillow", "setuptools", "wheel"})
 """Present wherever torch and torchvision are installed; never collected."""

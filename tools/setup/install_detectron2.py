@@ -7,10 +7,10 @@ applies the short table of `detectron2_edits.py` (so that it runs on current Num
 setuptools and PyTorch) and builds an ordinary wheel for pip to install. An existing Detectron2 is
 never touched.
 
-    python tools/install_detectron2.py                     # build and install
-    python tools/install_detectron2.py --wheel-only DIR    # only build, e.g. to carry elsewhere
-    python tools/install_detectron2.py --sdist FILE        # no index: use this archive
-    python tools/install_detectron2.py --print-edits       # show what is changed and why
+    python tools/setup/install_detectron2.py                   # build and install
+    python tools/setup/install_detectron2.py --wheel-only DIR  # only build, e.g. to carry elsewhere
+    python tools/setup/install_detectron2.py --sdist FILE      # no index: use this archive
+    python tools/setup/install_detectron2.py --print-edits     # show what is changed and why
 
 Needs the standard library and pip; fetching the archive also needs torch and setuptools, because
 pip runs the archive's own `setup.py`, which imports them.

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
 STAMP = ".ready"
 
@@ -128,7 +128,10 @@ def install_packages(python: Path) -> None:
         [*pip, "-r", "requirements.txt", "-r", "requirements-dev.txt"],
         "pip could not install the pinned packages; its message above says which one",
     )
-    _run([python, "tools/install_detectron2.py", "--no-deps"], "Detectron2 is missing; see above")
+    _run(
+        [python, "tools/setup/install_detectron2.py", "--no-deps"],
+        "Detectron2 is missing; see above",
+    )
     _run(
         [*pip, "--no-build-isolation", "--no-deps", "-e", "."],
         "pip could not install this package itself:",

@@ -34,8 +34,8 @@ Hugging Face hub.
 "AP, published" is what the paper's table says; **nobody has trained the COCO and CrowdHuman
 recipes to the end with this library**. Parameters, multiply-adds (GMACs) and floating point
 operations (GFLOPs, two for each multiply-add) are counted by `tools/analyze.py` at the input given,
-by the rules in `tools/flops.py`. Where auxiliary copies of the decoder only train, the parameters
-without them stand behind the slash.
+by the rules in `tools/analysis/flops.py`. Where auxiliary copies of the decoder only train, the
+parameters without them stand behind the slash.
 """
 
 BY_NAME = """\

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes weights of a finished run a part of the library: small, checked, evaluated, documented.
 
-    python tools/package_checkpoint.py output/demo sparse_rcnn_tiny_shapes \\
+    python tools/zoo/package_checkpoint.py output/demo sparse_rcnn_tiny_shapes \\
         --config SparseRCNN/sparse_rcnn_tiny.yaml \\
         --command "make demo" --commit HASH --date 2026-11-21 --hardware "CPU, 2 cores"
 
@@ -25,22 +25,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from asag.checkpoint.loading import load_weights
+from asag.config.loading import differences, find_config, load_config
+from asag.data import register_coco_folder
+from asag.engine.trainer import Trainer
+from asag.evaluation.coco import RESULTS_FILE, ap50_by_class, evaluate_boxes
+from asag.files import atomic_writer
+from asag.model_zoo.entries import WEIGHTS
 
-from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.config.loading import differences, find_config, load_config  # noqa: E402
-from asag.data import register_coco_folder  # noqa: E402
-from asag.engine.trainer import Trainer  # noqa: E402
-from asag.evaluation.coco import RESULTS_FILE, ap50_by_class, evaluate_boxes  # noqa: E402
-from asag.files import atomic_writer  # noqa: E402
-from asag.model_zoo.entries import WEIGHTS  # noqa: E402
-
-import torch  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import MetadataCatalog  # noqa: E402
-from pycocotools.coco import COCO  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from pycocotools.coco import COCO
+from torch import Tensor
 
 MAX_BYTES = 15_000_000
 # What decides how a trained model works on a picture; all else of a run is about its training.

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
 from asag.checkpoint.asag import ASAG_A, ASAG_S
 from asag.modeling.proposal_generator.asag.anchors import (
     AdaptiveAnchorGenerator,
@@ -16,10 +20,6 @@ from asag.modeling.proposal_generator.asag.anchors import (
 )
 from asag.modeling.proposal_generator.asag.network import AnchorNetwork
 from asag.modeling.proposal_generator.asag.training_patches import PatchCompletion, PatchKind
-
-import torch
-from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
 
 from .asag_training import constant, read_targets, to_whwh
 from .common import Check

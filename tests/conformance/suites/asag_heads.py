@@ -8,6 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import FPN, Backbone
+from torch import Tensor
+
 from asag.modeling.layers.attention import SelfAttention
 from asag.modeling.layers.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from asag.modeling.layers.deformable_attention import MultiScaleMemory
@@ -23,11 +28,6 @@ from asag.modeling.roi_heads.asag.deformable import DeformableStage
 from asag.modeling.roi_heads.asag.heads import read_maps
 from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import DynamicInteraction
 from asag.structures import ImageSizes, Predictions, Queries
-
-import torch
-from detectron2.layers import ShapeSpec
-from detectron2.modeling.backbone import FPN, Backbone
-from torch import Tensor
 
 from .asag_generator import aligned, anchor_rows, load, make_network, make_rules
 from .asag_training import to_whwh

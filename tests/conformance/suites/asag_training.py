@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from asag.modeling.criterion import QueryWeightingCriterion
 from asag.modeling.layers.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from asag.modeling.layers.loss_weights import QueryWeights, negative_probability
@@ -32,9 +35,6 @@ from asag.modeling.proposal_generator.asag.training_patches import (
     Uniform,
 )
 from asag.structures import Predictions, Queries, Targets
-
-import torch
-from torch import Tensor
 
 from .common import Check
 

@@ -10,6 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from torch import Tensor, nn
+
 from asag import get_asag_cfg
 from asag.checkpoint import CONDITIONAL_DETR, DETR
 from asag.modeling.backbone import build_dc5_resnet_backbone
@@ -29,12 +35,6 @@ from asag.modeling.postprocess import select_detections
 from asag.modeling.proposal_generator import ObjectQueries
 from asag.modeling.roi_heads import ConditionalDETRHeads, DETRHeads
 from asag.structures import ImageSizes, Predictions, Targets
-
-import torch
-import torch.nn.functional as F
-from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
-from torch import Tensor, nn
 
 from .common import Check, UnknownCase
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from asag.evaluation.crowdhuman_metrics import crowdhuman_metrics_from_coco
-from verify_suites.common import Check, Checks, UnknownCase
+from conformance.suites.common import Check, Checks, UnknownCase
 
 SUITE = "crowdhuman"
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from asag.checkpoint import IOU_SPARSE_RCNN
 from asag.modeling.roi_heads.sparse_rcnn.channel_weighting import ChannelWeightedInteraction
 from asag.modeling.roi_heads.sparse_rcnn.iou_esa import (
@@ -14,9 +17,6 @@ from asag.modeling.roi_heads.sparse_rcnn.iou_esa import (
     iou_weighted_softmax,
 )
 from asag.modeling.roi_heads.sparse_rcnn.stage import DynamicConvStage
-
-import torch
-from torch import Tensor, nn
 
 from .common import Check, UnknownCase
 from .refinement import FEATURES, GRAD, RefinementCase, load_case

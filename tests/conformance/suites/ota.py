@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from asag.modeling.matching.cost import MatchingCost
 from asag.modeling.matching.dynamic_k import UnitPolicy, cap_units, grow_units, iou_units
 from asag.modeling.matching.optimal_transport import OptimalTransportMatcher
 from asag.modeling.matching.transport import SinkhornTransport, exact_transport
 from asag.modeling.matching.transport_reference import reference_sinkhorn
 from asag.structures import Predictions, Targets
-
-import torch
-from torch import Tensor
 
 from .common import Check, UnknownCase
 

@@ -10,6 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from detectron2.modeling import detector_postprocess
+from torch import Tensor, nn
+
 from asag.checkpoint import NameTable
 from asag.modeling.criterion import SetCriterion
 from asag.modeling.layers.roi_align import PyramidRoIAlign
@@ -18,10 +22,6 @@ from asag.modeling.postprocess import select_detections
 from asag.modeling.proposal_generator import LearnedProposals
 from asag.modeling.roi_heads import DynamicConvHeads, DynamicConvStage, RoIReader
 from asag.structures import ImageSizes, Predictions, Targets
-
-import torch
-from detectron2.modeling import detector_postprocess
-from torch import Tensor, nn
 
 from .common import Check, UnknownCase
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from asag.checkpoint import SPARSE_RCNN
 from asag.modeling.layers.attention import SelfAttention
 from asag.modeling.roi_heads import DynamicConvStage
@@ -14,9 +17,6 @@ from asag.modeling.roi_heads.sparse_rcnn.dynamic_conv import (
     DynamicInteraction,
     RoIProjection,
 )
-
-import torch
-from torch import nn
 
 from .common import Check, UnknownCase
 from .refinement import FEATURES, GRAD, RefinementCase, load_case

@@ -11,7 +11,7 @@ from detectron2.structures import Boxes
 from asag import load_config
 from asag.modeling.layers.roi_align import PyramidRoIAlign
 
-TINY = Path(__file__).resolve().parents[1] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
+TINY = Path(__file__).resolve().parents[3] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml"
 
 STRIDES = (4, 8, 16, 32)
 METHODS = ["gather", "kernel"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,6 @@ from asag.modeling.matching.optimal_transport import OptimalTransportMatcher, tr
 from asag.modeling.matching.transport import SinkhornTransport
 from asag.modeling.registry import MATCHER_REGISTRY
 from asag.structures import Predictions, Targets
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 SOLVERS = ("exact", "sinkhorn")
 S, B, N, K = 3, 4, 40, 6
@@ -296,8 +293,8 @@ def test_softmax_cost_is_accepted() -> None:
 
 
 def test_golden_cases(golden_dir: Path) -> None:
-    from verify_suites import ota
-    from verify_suites.common import compare
+    from conformance.suites import ota
+    from conformance.suites.common import compare
 
     files = sorted((golden_dir / "ota").glob("*.pt"))
     assert files
@@ -308,8 +305,8 @@ def test_golden_cases(golden_dir: Path) -> None:
 
 
 def test_unknown_golden_case_is_refused(tmp_path: Path) -> None:
-    from verify_suites import ota
-    from verify_suites.common import UnknownCase
+    from conformance.suites import ota
+    from conformance.suites.common import UnknownCase
 
     torch.save({"basic": {"weights": torch.ones(3)}}, tmp_path / "transport_cases.pt")
     with pytest.raises(UnknownCase, match="weights"):

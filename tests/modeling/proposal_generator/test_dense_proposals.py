@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import study
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -18,10 +18,7 @@ from asag import load_config
 from asag.modeling.proposal_generator import DenseProposals
 from asag.structures import ImageSizes, Queries, Targets
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import study  # noqa: E402
+ROOT = Path(__file__).resolve().parents[3]
 
 RECIPES = ROOT / "configs/ASAG"
 HW = ((96, 128), (90, 70))

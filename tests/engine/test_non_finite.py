@@ -14,7 +14,7 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from engine_support import losses, register_tiny_shapes, tiny_cfg, weights
-from test_activation_checkpointing import FAMILIES, make_batch, make_model
+from family_support import FAMILIES, make_batch, make_model
 from torch import nn
 
 import asag.engine.step

@@ -1,0 +1,1 @@
+"""Counting parameters and multiply-adds of detectors, and the metrics of their stages."""

@@ -1,0 +1,1 @@
+"""Comparisons of alternative implementations, and arguments that all benchmarks share."""
