@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""The demonstration: detect in photographs with the packaged model, then train a detector on
-generated images, evaluate it and draw its predictions.
+"""Detects in photographs with a packaged model, then trains a detector on generated images.
 
-Two CPU cores do it in under ten minutes. The photographs come with installed packages. An
-interrupted job goes on where it stopped, a finished one is evaluated again. All output is written
-to `output/demo`.
+The trained detector is evaluated, and its predictions are drawn. The job takes less than ten minutes
+on two CPU cores. The photographs come with installed packages. An interrupted job is resumed, a
+finished one is evaluated again. Results are written to `output/demo`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ THRESHOLD = 0.3
 
 
 def main() -> int:
-    """Command line; returns the exit status of the training."""
+    """Runs the command line; returns the exit code of the training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", default=CONFIG, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
@@ -51,14 +50,14 @@ def main() -> int:
         found.update({k: v for k, v in json.loads(line).items() if k.startswith("bbox/")})
     print(
         f"\nThe demonstration took {(time.perf_counter() - start) / 60:.1f} minutes.\n"
-        f"  AP {found['bbox/AP']:.1f}, AP50 {found['bbox/AP50']:.1f} on images it never saw\n"
+        f"  AP {found['bbox/AP']:.1f}, AP50 {found['bbox/AP50']:.1f} on validation images\n"
         f"  curves    {curves}\n"
         f"  pictures  {options.output / 'pictures'} (predictions beside ground truth)\n"
         f"  weights   {options.output / 'model_final.pth'}\n"
-        "Try it on pictures of your own:\n"
+        "Try it on your own images:\n"
         f"  .venv/bin/python demo/demo.py --config-file {options.config_file} "
-        f"--weights {options.output / 'model_final.pth'} --output output/looked PICTURES\n"
-        "Train it on data of your own (COCO format):\n"
+        f"--weights {options.output / 'model_final.pth'} --output output/detections IMAGES\n"
+        "Train on your own data (COCO format):\n"
         "  .venv/bin/python train_net.py --data DIR"
     )
     return 0

@@ -215,9 +215,9 @@ def test_demands_are_intersected_and_exclusions_prune(tmp_path):
     write_wheel(tmp_path, "b", "1.0", "shared>=2", "only-b")
     write_wheel(tmp_path, "shared", "3.1")
     direct = [Requirement("a"), Requirement("b")]
-    wanted = collect_wheels.unmet(tmp_path, direct, environment)
-    assert set(wanted) == {"shared", "only-b"}
-    assert {str(part) for part in wanted["shared"].specifier} == {"<3", ">=2"}
+    requested = collect_wheels.unmet(tmp_path, direct, environment)
+    assert set(requested) == {"shared", "only-b"}
+    assert {str(part) for part in requested["shared"].specifier} == {"<3", ">=2"}
     assert set(collect_wheels.unmet(tmp_path, direct, environment, {"b"})) == {"shared"}
 
 
@@ -234,9 +234,9 @@ def test_collecting_fetches_round_by_round_until_complete(tmp_path, monkeypatch)
     index = {"top": ["middle"], "middle": ["bottom"], "bottom": []}
     fetched: list[str] = []
 
-    def fetch(folder, wanted, python, machine):
-        fetched.extend(wanted)
-        for name in wanted:
+    def fetch(folder, requested, python, machine):
+        fetched.extend(requested)
+        for name in requested:
             write_wheel(folder, name, "1.0", *index[name])
 
     monkeypatch.setattr(collect_wheels, "fetch", fetch)
@@ -251,7 +251,7 @@ def test_collecting_fetches_round_by_round_until_complete(tmp_path, monkeypatch)
 
 def test_contradicting_demands_end_with_their_names(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        collect_wheels, "fetch", lambda folder, wanted, *_: write_wheel(folder, "top", "2.0")
+        collect_wheels, "fetch", lambda folder, requested, *_: write_wheel(folder, "top", "2.0")
     )
     monkeypatch.setattr(collect_wheels, "ROOT", tmp_path)
     (tmp_path / "requirements.txt").write_text("top==1.0\n")
@@ -264,8 +264,8 @@ def test_fetch_asks_pip_for_the_target(tmp_path, monkeypatch):
     monkeypatch.setattr(
         collect_wheels, "_pip", lambda arguments, what: calls.append(list(arguments))
     )
-    wanted = {"fvcore": collect_wheels.Wanted(), "scipy": collect_wheels.Wanted()}
-    collect_wheels.fetch(tmp_path, wanted, "3.12", "x86_64")
+    requested = {"fvcore": collect_wheels.Requested(), "scipy": collect_wheels.Requested()}
+    collect_wheels.fetch(tmp_path, requested, "3.12", "x86_64")
     build, download = calls
     assert build[0] == "wheel" and build[-1] == "fvcore" and "scipy" not in build
     assert download[0] == "download" and download[-1] == "scipy" and "fvcore" not in download

@@ -1,1 +1,1 @@
-"""Counting parameters and multiply-adds of detectors, and the metrics of their stages."""
+"""Counting of parameters and multiply-adds, and metrics by stage."""

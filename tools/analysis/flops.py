@@ -1,9 +1,9 @@
-"""Multiply-adds and parameters of a detector, component by component.
+"""Counts multiply-adds and parameters of a detector by component.
 
-The counter is fvcore's, which traces one forward pass, plus rules for the attention products and
-batched products that it lacks. Convolutions, linear layers and matrix products count one for each
-multiply-add; norms and upsampling count as fvcore counts them; RoIAlign, softmax and element-wise
-arithmetic are not counted, as in the figures that papers print.
+fvcore's counter traces one forward pass; rules for attention and batched products are added.
+Convolutions, linear layers and matrix products count one for each multiply-add; norms and
+upsampling follow the rules of fvcore; RoIAlign, softmax and element-wise arithmetic are not
+counted, as in the figures of the papers.
 
 B images, H heads, N queries, M keys, D channels of one head.
 """
@@ -35,7 +35,7 @@ class Count:
     """Multiply-adds of one forward pass of one image.
 
     Attributes:
-        macs: as fvcore sums them: multiply-adds of products plus operations of norms.
+        macs: the sum of fvcore: multiply-adds of products plus operations of norms.
         flops: floating point operations: products twice, norms and upsampling once.
         by_module: multiply-adds of every module by its dotted name, "" for all.
         by_operator: the same by operator.
@@ -50,7 +50,7 @@ class Count:
 
 
 class _Raw(nn.Module):
-    """Image in, feature maps and raw predictions out: what the tracer can follow."""
+    """Maps an image to feature maps and raw predictions, which the tracer can follow."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -62,8 +62,8 @@ class _Raw(nn.Module):
         def keep(_module: nn.Module, _inputs: object, output: dict[str, Tensor]) -> None:
             features.extend(output.values())
 
-        # The tracer drops what no output depends on. A level of the pyramid that happens to hold no
-        # box is computed all the same, so the maps are outputs too.
+        # The tracer drops operations that no output depends on. Pyramid levels without a box are
+        # computed all the same, so the maps are outputs too.
         handle = self.model.backbone.register_forward_hook(keep)
         images = self.model.preprocess_images([{"image": image}])
         predictions, _ = self.model.forward_stages(images.tensor, ImageSizes.from_images(images))
@@ -72,7 +72,7 @@ class _Raw(nn.Module):
 
 
 def count_flops(model: nn.Module, height: int, width: int) -> Count:
-    """Counts one forward pass, pre- and postprocessing aside.
+    """Counts one forward pass without pre- and postprocessing.
 
     Args:
         model: a detector with `preprocess_images` and `predict`; switched to evaluation.
@@ -102,28 +102,28 @@ def count_flops(model: nn.Module, height: int, width: int) -> Count:
 
 @dataclass(frozen=True)
 class Component:
-    """A part of the model: the module `inside`, less the module `without` when that is named."""
+    """A part of the model: the module `inside`, excluding the module `without` if it is given."""
 
     name: str
     inside: str
     without: str | None = None
 
     def count_parameters(self, model: nn.Module) -> tuple[int, int]:
-        """Number of parameters, and of those that are trained."""
+        """Returns the number of parameters, and of those that are trained."""
         excluded = [model.get_submodule(self.without)] if self.without else []
         return count_parameters(model.get_submodule(self.inside), excluded)
 
     def macs(self, count: Count) -> float:
-        """Multiply-adds of one image."""
+        """Returns the multiply-adds of one image."""
         spared = count.by_module[self.without] if self.without else 0.0
         return count.by_module[self.inside] - spared
 
 
 def components(model: nn.Module) -> Iterator[Component]:
-    """The components that have parameters.
+    """Yields the components that have parameters.
 
     A feature pyramid that wraps its network (Detectron2's `FPN`) is split into "backbone", the
-    network, and "neck", what stands on top.
+    network, and "neck", the layers on top of it.
     """
     for name, child in model.named_children():
         if name == "backbone" and isinstance(getattr(child, "bottom_up", None), nn.Module):
@@ -134,14 +134,14 @@ def components(model: nn.Module) -> Iterator[Component]:
 
 
 def count_parameters(module: nn.Module, excluded: Sequence[nn.Module] = ()) -> tuple[int, int]:
-    """Number of distinct parameters outside `excluded`, and of those that are trained."""
+    """Counts distinct parameters outside `excluded`: all, and those that are trained."""
     spared = {id(p) for other in excluded for p in other.parameters()}
     counted = [p for p in module.parameters() if id(p) not in spared]
     return sum(p.numel() for p in counted), sum(p.numel() for p in counted if p.requires_grad)
 
 
 class _quiet:
-    """Silences a logger for the time of a block."""
+    """Silences a logger within a block."""
 
     def __init__(self, name: str) -> None:
         self.logger = logging.getLogger(name)
@@ -155,12 +155,12 @@ class _quiet:
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> dict[str, float]:
-    """q k^T and the weighted sum of values: (B, H, N, D) by (B, H, M, D)."""
+    """Counts q k^T and the weighted sum of values: (B, H, N, D) by (B, H, M, D)."""
     query, key, value = (get_shape(x) for x in inputs[:3])
     return {"attention": prod(query[:-1]) * key[-2] * (query[-1] + value[-1])}
 
 
 def _batched_product(inputs: list[Any], outputs: list[Any]) -> dict[str, float]:
-    """input + a @ b with a (B, N, D) and b (B, D, M)."""
+    """Counts input + a @ b with a (B, N, D) and b (B, D, M)."""
     left, right = get_shape(inputs[1]), get_shape(inputs[2])
     return {"baddbmm": prod(left) * right[-1]}

@@ -1,7 +1,7 @@
-"""Convolutions that cost nothing, for counting what a model would compute.
+"""Convolutions that only produce their output shape, for counting operations quickly.
 
-A trace records which operator is called with which shapes; what it returns matters only where
-values decide about shapes. On a CPU nine tenths of a trace are spent in convolutions.
+A trace records operators and shapes; the values matter only where shapes depend on them. On a CPU,
+nine tenths of the time of a trace are spent in convolutions.
 """
 
 from __future__ import annotations
@@ -44,8 +44,11 @@ _LIBRARY.impl("conv2d", _zeros, "CPU")
 
 @contextmanager
 def free_convolutions() -> Iterator[None]:
-    """Within the block, 2-D convolutions return zeros of the right shape and leave a trace that
-    `count` understands. Gradients do not flow."""
+    """Replaces 2-D convolutions within the block.
+
+    They return zeros of the right shape, are traced as an operator that `count` handles, and have
+    no gradient.
+    """
 
     def conv2d(
         input: Tensor,
@@ -64,6 +67,6 @@ def free_convolutions() -> Iterator[None]:
 
 
 def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
-    """Multiply-adds of one such convolution by fvcore's rule; a handle for its counter."""
+    """Counts the multiply-adds of one such convolution by fvcore's rule, as a handle."""
     x_shape, w_shape = get_shape(inputs[0]), get_shape(inputs[1])
     return Counter({"conv": conv_flop_count(x_shape, w_shape, get_shape(outputs[0]))})

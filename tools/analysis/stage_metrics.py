@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Accuracy of a trained detector cut off after each of its stages.
+"""Evaluates a trained detector after each of its stages.
 
     python tools/analysis/stage_metrics.py --output stages.json \\
         --config-file CONFIG MODEL.WEIGHTS model.pth
 
-Takes the arguments of `train_net.py`. Writes a JSON list, one object of metrics a stage; with
---last-only the list has one entry, the whole detector.
+Takes the arguments of `train_net.py`. Writes a JSON list with the metrics of each stage; with
+--last-only the list has one entry, that of the whole detector.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from detectron2.evaluation.testing import flatten_results_dict
 
 
 def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dict[str, float]]:
-    """Box metrics in percent of the first 1, 2, ... stages.
+    """Evaluates the first 1, 2, ... stages.
 
     Args:
         arguments: of `train_net.py`; MODEL.WEIGHTS among them.
         last_only: evaluate the whole detector only.
+
+    Returns:
+        Box metrics in percent.
 
     Raises:
         ValueError: no weights or no data set to evaluate on.
@@ -55,13 +58,13 @@ def stage_metrics(arguments: Sequence[str], last_only: bool = False) -> list[dic
         raise ValueError("DATASETS.TEST is empty; name a data set, or pass --data DIR")
     check_registered(cfg, need_train=False)
     cfg.TEST.NUM_PICTURES = 0
-    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "stages")  # leave the run's own results alone
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "stages")  # keep the results of the run
     stages = cfg.MODEL.DECODER.NUM_STAGES
     return [evaluate(cfg, count) for count in range(stages if last_only else 1, stages + 1)]
 
 
 def evaluate(cfg: CfgNode, num_stages: int) -> dict[str, float]:
-    """Finite box metrics of MODEL.WEIGHTS with the first `num_stages` stages only."""
+    """Returns the finite box metrics of MODEL.WEIGHTS with the first `num_stages` stages."""
     cfg.MODEL.DECODER.NUM_STAGES = num_stages
     model = Trainer.build_model(cfg)
     load_weights(model, cfg.MODEL.WEIGHTS, use_average=cfg.TEST.EMA_WEIGHTS)
@@ -74,7 +77,7 @@ def evaluate(cfg: CfgNode, num_stages: int) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

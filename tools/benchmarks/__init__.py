@@ -1,1 +1,1 @@
-"""Comparisons of alternative implementations, and arguments that all benchmarks share."""
+"""Benchmarks of alternative implementations of one component."""

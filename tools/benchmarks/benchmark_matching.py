@@ -2,10 +2,10 @@
 
     python tools/benchmarks/benchmark_matching.py --help
 
-Four arms take turns in every round, so that other load on the machine hits all of them alike:
-Hungarian matching, optimal transport solved exactly, optimal transport by batched Sinkhorn
-iterations, and the slow form, plain Sinkhorn iterations image by image and stage by stage. The
-first three include costs and supplies; the last reuses supplies and costs that are already there.
+Four arms take turns in every round, so that other load on the machine affects all of them alike:
+Hungarian matching, exact optimal transport, optimal transport by batched Sinkhorn iterations, and
+Sinkhorn iterations one image and stage after the other. The times of the first three include costs
+and supplies; the last one gets them precomputed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PER_IMAGE = "per_image_sinkhorn"
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts tensor operations: about the kernel launches of a call, whatever the device."""
+    """Counts tensor operations, which approximate the kernel launches of a call on any device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def make_batch(args: argparse.Namespace) -> tuple[Predictions, Targets]:
-    """Random scenes whose predictions lie around the objects, the later the stage the closer."""
+    """Makes random scenes whose predictions approach the objects from stage to stage."""
     rng = torch.Generator().manual_seed(args.seed)
     side = 800.0
     if args.counts == "fixed":
@@ -81,7 +81,7 @@ def make_batch(args: argparse.Namespace) -> tuple[Predictions, Targets]:
 def per_image_arm(
     matcher: OptimalTransportMatcher, predictions: Predictions, targets: Targets, iterations: int
 ) -> Callable[[], Tensor]:
-    """Plain Sinkhorn for one (stage, image) after the other, on prepared costs and supplies."""
+    """Returns a Sinkhorn solver that loops over stages and images on precomputed costs."""
     supply = matcher.supplies(predictions, targets)
     cost = matcher.cost(predictions, targets).transpose(-1, -2)
     num_queries = cost.shape[-1]
@@ -104,7 +104,7 @@ def per_image_arm(
 
 
 def time_once(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Milliseconds of one call, device work included."""
+    """Returns the milliseconds of one call, device work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -115,7 +115,7 @@ def time_once(run: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All arms in turn, `args.rounds` times after one warm-up round."""
+    """Runs all arms in turn, `args.rounds` times after one warm-up round."""
     predictions, targets = make_batch(args)
     device = predictions.boxes_xyxy.device
     matchers = {

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Times the ways to pool boxes from a feature pyramid, side by side in one run.
+"""Times methods of pooling boxes from a feature pyramid side by side.
 
     python tools/benchmarks/benchmark_roi_align.py --images 2 --queries 100
     python tools/benchmarks/benchmark_roi_align.py --device cuda --images 16 --json out.json
 
 "gather" and "kernel" are the two methods of `PyramidRoIAlign`, "loop" is Detectron2's `ROIPooler`,
-which asks level by level which boxes belong there. Each arm pools for all stages of a detector,
-from boxes that move from stage to stage, and sends a gradient back; the arms take turns, so that
-other load on the machine hits all alike. Times are of the pooling alone.
+which selects the boxes of each level in a loop. Each arm pools for all stages of a detector, from
+boxes that move from stage to stage, and computes gradients; the arms take turns, so that other load
+on the machine affects all alike. Times are of the pooling alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Pool = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
 def arms(resolution: int, sampling_ratio: int) -> dict[str, Pool]:
-    """The methods under test, by name."""
+    """Returns the methods under test by name."""
     ours = PyramidRoIAlign(strides=STRIDES, output_size=resolution, sampling_ratio=sampling_ratio)
     theirs = ROIPooler(
         output_size=resolution,
@@ -62,7 +62,7 @@ def arms(resolution: int, sampling_ratio: int) -> dict[str, Pool]:
 
 
 def make_scene(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Random maps, boxes of every stage, and the gradient of a pooled tensor."""
+    """Makes random maps, boxes of every stage, and the gradient of a pooled tensor."""
     rng = torch.Generator().manual_seed(args.seed)
     height, width = args.size
     maps = [
@@ -71,7 +71,7 @@ def make_scene(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], Te
     ]
     whwh = torch.tensor([width, height, width, height])
     center = torch.rand(args.images, args.queries, 2, generator=rng)
-    # From 1/30 of a side to all of it, as many small boxes as large ones: every level is read.
+    # From 1/30 of a side to all of it on a logarithmic scale, so that every level is read.
     half = 0.5 * 30 ** -torch.rand(args.images, args.queries, 2, generator=rng)
     boxes = torch.cat((center - half, center + half), dim=-1)
     noise = 0.02 * torch.randn(args.stages, *boxes.shape, generator=rng)
@@ -85,7 +85,7 @@ def make_scene(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor], Te
 def measure_once(
     pool: Pool, maps: list[Tensor], stages: list[Tensor], gradient: Tensor
 ) -> tuple[dict[str, float], list[Tensor]]:
-    """Milliseconds of forward and backward, and the gradients of the maps."""
+    """Returns the milliseconds of forward and backward, and the gradients of the maps."""
     leaves = [x.detach().requires_grad_() for x in maps]
     marks = [_now(gradient.device)]
     pooled = pool(leaves, stages)
@@ -104,7 +104,7 @@ def _now(device: torch.device) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """All arms in turn, `args.rounds` times after one untimed round."""
+    """Runs all arms in turn, `args.rounds` times after one untimed round."""
     maps, stages, gradient = make_scene(args)
     pools = arms(args.resolution, args.sampling_ratio)
     times: dict[str, list[dict[str, float]]] = {name: [] for name in pools}
@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The table that people read: medians, and how many times slower than the first arm."""
+    """Formats a table of medians and their ratios to the first arm."""
     setting = result["setting"]
     names = list(result["arms"])
     lines = [

@@ -1,4 +1,4 @@
-"""Arguments that all benchmarks share, and the device that they ran on."""
+"""Argument types that the benchmarks share, and the name of the device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 
 
 def image_size(text: str) -> tuple[int, int]:
-    """ "800x1216" -> (800, 1216), height first.
+    """Parses "HEIGHTxWIDTH".
+
+    Returns:
+        Height and width in pixels.
 
     Raises:
-        argparse.ArgumentTypeError: not two positive numbers.
+        argparse.ArgumentTypeError: these are not two positive numbers.
     """
     height, _, width = text.partition("x")
     if not (height.isdecimal() and width.isdecimal() and int(height) * int(width)):
@@ -21,10 +24,10 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 def positive(text: str) -> int:
-    """A whole number above zero.
+    """Parses a positive whole number.
 
     Raises:
-        argparse.ArgumentTypeError: anything else.
+        argparse.ArgumentTypeError: it is none.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
@@ -32,7 +35,7 @@ def positive(text: str) -> int:
 
 
 def device_name(device: str) -> str:
-    """What the times were taken on."""
+    """Returns the name of the GPU, or of the CPU with its number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU ({torch.get_num_threads()} threads)"

@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""Kills a training with SIGKILL again and again, resumes it, and compares it with one left alone.
+"""Kills training with SIGKILL repeatedly, resumes it, and compares with an uninterrupted run.
 
     python tools/recovery/kill_test.py --kills 50
 
 A tiny detector trains on generated images with a checkpoint after every iteration. Each attempt is
-a process of its own, which calls train_net.py's `main` with --resume and is killed at a random
-instant of one of three kinds:
+a process of its own, which runs train_net.py with --resume and is killed at a random instant of one
+of three kinds:
 
     saving    while a scratch file is being written (more than half of the kills)
     training  some time after an iteration
     starting  before the first iteration
 
-After every kill the last checkpoint must be complete. In the end every loss of every attempt, the
-final weights and the evaluation must equal those of the uninterrupted run, bit for bit, and no
+After every kill the last checkpoint must be complete. At the end every loss of every attempt, the
+final weights and the evaluation must equal those of the uninterrupted run bit for bit, and no
 unfinished checkpoint may be left. Attempts are forked from a process that has imported everything
-and started no thread, so that one takes a second or two and not the ten of a new interpreter.
+and started no thread, so that one takes a second or two instead of ten.
 
-Exit code: 0 if all of this held, 1 with a list of what did not.
+Exit code: 0 if all of this holds, 1 with a list of the problems.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from recorded_training import read_losses
 
 CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"
 CHECKPOINT_PERIOD = 1  # iterations
-KINDS = {"saving": 0.6, "training": 0.3, "starting": 0.1}  # how likely each is
-TIMEOUT = 1800.0  # seconds an attempt may take; on a quiet machine it takes a minute at most
+KINDS = {"saving": 0.6, "training": 0.3, "starting": 0.1}  # probabilities
+TIMEOUT = 1800.0  # seconds of an attempt; an idle machine needs a minute at most
 
 OPTIONS = {
     "MODEL.DEVICE": "cpu",
@@ -74,14 +74,14 @@ OPTIONS = {
 
 @dataclass
 class Outcome:
-    """What the kills did.
+    """Result of the test.
 
     Attributes:
         kills: by kind; an attempt that finished first is not counted.
         mid_write: kills that left an unfinished scratch file behind.
         redone: iterations that were trained more than once.
-        iterations: length of the training.
-        problems: sentences about what did not hold; empty if all is well.
+        iterations: length of the run.
+        problems: one sentence for each violated condition.
     """
 
     kills: collections.Counter[str]
@@ -102,12 +102,12 @@ class Outcome:
 
 
 def run(kills: int, seed: int, folder: Path) -> Outcome:
-    """The whole test.
+    """Runs the whole test.
 
     Args:
-        kills: how often the training is killed.
-        seed: of kinds and instants (the scheduler adds its own chance).
-        folder: empty; holds data, both runs and a log of each attempt.
+        kills: number of kills.
+        seed: of kinds and instants (the scheduler adds its own randomness).
+        folder: empty; gets data, both runs and a log of each attempt.
     """
     torch.set_num_threads(1)  # a process with threads cannot be forked
     data = _make_data(folder)
@@ -122,7 +122,7 @@ def run(kills: int, seed: int, folder: Path) -> Outcome:
     attempt, unfinished = 0, set()
     while outcome.kills.total() < kills:
         attempt += 1
-        # Later kills strike later, so that the training is in its middle throughout.
+        # The earliest instant moves forward with every kill, so that the run makes progress.
         earliest = CHECKPOINT_PERIOD * outcome.kills.total()
         kind = rng.choices(list(KINDS), weights=list(KINDS.values()))[0]
         log = folder / f"attempt{attempt}.log"
@@ -149,7 +149,7 @@ def run(kills: int, seed: int, folder: Path) -> Outcome:
 
 
 def broken_checkpoint(folder: Path) -> str | None:
-    """What is wrong with the checkpoint that --resume would take; None also if there is none."""
+    """Describes the fault of the checkpoint that --resume would load; None if there is no fault."""
     tag = folder / "last_checkpoint"
     if not tag.is_file():
         return None
@@ -158,7 +158,7 @@ def broken_checkpoint(folder: Path) -> str | None:
         state = torch.load(path, weights_only=True)
         iteration = state["trainer"]["iteration"]
         finite = all(torch.isfinite(v).all() for v in state["model"].values())
-    except Exception as error:  # whatever it is, the checkpoint cannot be read
+    except Exception as error:  # of any kind: the checkpoint cannot be read
         return f"{path} cannot be read: {type(error).__name__}: {error}"
     if path.stem != "model_final" and path.stem != f"model_{iteration:07d}":
         return f"{path} holds iteration {iteration}"
@@ -166,7 +166,7 @@ def broken_checkpoint(folder: Path) -> str | None:
 
 
 def differences(whole: Path, broken: Path) -> list[str]:
-    """In what the finished run `broken` differs from the uninterrupted one."""
+    """Lists the differences between the finished run `broken` and the uninterrupted one."""
     expected = dict(read_losses(whole))
     found = read_losses(broken)
     problems = [
@@ -229,14 +229,14 @@ def _start(data: Path, output: Path, iterations: int, log: Path) -> int:
         code = train(arguments)
     except BaseException:
         traceback.print_exc()
-    finally:  # not even an exception may lead back into the parent's code
+    finally:  # an exception must not return into the code of the parent
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def _await_instant(child: int, kind: str, earliest: int, folder: Path, rng: random.Random) -> None:
-    """Returns at the instant to kill, or when the child is gone.
+    """Waits for the instant to kill, or for the end of the child.
 
     "saving" and "training" wait until `earliest` iterations are done.
     """
@@ -262,12 +262,12 @@ def _await_instant(child: int, kind: str, earliest: int, folder: Path, rng: rand
 
 
 def _seen_in(folder: Path) -> int:
-    """Number of recorded losses: grows with every iteration of an attempt."""
+    """Counts the recorded losses, which grow with every iteration of an attempt."""
     return len(read_losses(folder))
 
 
 def _finished(child: int) -> bool:
-    """Whether a child has ended; leaves it to be waited for."""
+    """Returns True if a child has ended; it can still be waited for."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
@@ -290,7 +290,7 @@ def _tick(deadline: float, seconds: float) -> None:
 
 
 def main() -> int:
-    """Command line."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="default 50")
     parser.add_argument("--seed", type=int, default=0, help="of kinds and instants, default 0")

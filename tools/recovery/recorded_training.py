@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""train_net.py that also notes the exact loss of every iteration, and which processes took part.
+"""Runs train_net.py and records the exact loss of every iteration and the processes.
 
-OUTPUT_DIR/losses.txt gets a line `iteration loss` as soon as an iteration is done, the loss as a
-hexadecimal float (no digit lost); metrics.json smooths and thins out. Lines of a process that is
-killed stay. OUTPUT_DIR/process<rank>.txt holds the id of the latest process of a rank.
+OUTPUT_DIR/losses.txt gets a line `iteration loss` after each iteration, the loss as a hexadecimal
+float (metrics.json has smoothed values of some iterations). Lines of a killed process stay.
+OUTPUT_DIR/process<rank>.txt has the id of the latest process of a rank.
 
     python tools/recovery/recorded_training.py ARGUMENTS OF train_net.py
 """
@@ -43,18 +43,19 @@ class LossRecorder(HookBase):
 
 
 class RecordingTrainer(Trainer):
-    """The trainer with a `LossRecorder` in front of the checkpoints: whatever a checkpoint holds
-    has been recorded."""
+    """Trainer that records the loss of an iteration before its checkpoint is saved."""
 
     def build_hooks(self) -> list[HookBase]:
-        """The usual hooks behind the recorder."""
+        """Puts the recorder before the usual hooks."""
         return [LossRecorder(self.cfg.OUTPUT_DIR), *super().build_hooks()]
 
 
 def read_losses(folder: Path) -> list[tuple[int, float]]:
-    """(iteration, loss) in the order of writing; an iteration done twice is there twice.
+    """Reads the losses in the order of writing.
 
-    A last line that a kill cut short is left out.
+    Returns:
+        (iteration, loss); a repeated iteration occurs repeatedly, and an incomplete last line is
+        left out.
     """
     path = folder / LOSSES_FILE
     if not path.is_file():
@@ -65,7 +66,7 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def main(arguments: list[str]) -> int:
-    """`train_net.py` with these arguments, recorded; returns its exit code."""
+    """Runs `train_net.py` with these arguments and records it; returns the exit code."""
     train_net = load_command("train_net.py")
     train_net.Trainer = RecordingTrainer
     return train_net.main(arguments)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Collect wheels for a machine that has PyTorch but no package index.
+"""Collects wheels for a machine that has PyTorch but no package index.
 
 The target is a Linux machine whose Python already has torch, torchvision, numpy and Pillow, as GPU
 images usually do. Everything else of `requirements.txt`, with all its dependencies, is fetched for
@@ -51,19 +51,19 @@ MAX_ROUNDS = 12
 
 
 class WheelhouseError(RuntimeError):
-    """A problem the user can act on; the message says how."""
+    """A problem that the user can fix; the message says how."""
 
 
 @dataclass
-class Wanted:
-    """What the packages met so far ask of one package."""
+class Requested:
+    """Accumulated requirements on one package."""
 
     specifier: SpecifierSet = field(default_factory=SpecifierSet)
     extras: set[str] = field(default_factory=set)
 
 
 def target_environment(python: str, machine: str) -> dict[str, str]:
-    """Marker variables (PEP 508) of CPython `python` (such as "3.12") on Linux."""
+    """Returns the marker variables (PEP 508) of CPython `python` (such as "3.12") on Linux."""
     return {
         "implementation_name": "cpython",
         "implementation_version": f"{python}.0",
@@ -82,7 +82,7 @@ def target_environment(python: str, machine: str) -> dict[str, str]:
 def direct_requirements(
     text: str, environment: Mapping[str, str], without: Iterable[str] = ()
 ) -> list[Requirement]:
-    """The lines of a requirements file that hold for the target, less what it has already.
+    """Parses the requirements that apply to the target and that it does not have yet.
 
     Args:
         text: content of the requirements file (requirements and comments only).
@@ -104,7 +104,7 @@ def _holds(requirement: Requirement, environment: Mapping[str, str], extra: str 
 
 
 def wheels_in(folder: Path) -> dict[str, tuple[Version, Path]]:
-    """Version and file of every wheel in `folder`, by canonical name."""
+    """Returns version and file of every wheel in `folder` by canonical name."""
     found = {}
     for path in sorted(folder.glob("*.whl")):
         name, version, _, _ = parse_wheel_filename(path.name)
@@ -113,7 +113,7 @@ def wheels_in(folder: Path) -> dict[str, tuple[Version, Path]]:
 
 
 def wheel_requirements(path: Path) -> list[Requirement]:
-    """The `Requires-Dist` entries of a wheel."""
+    """Reads the `Requires-Dist` entries of a wheel."""
     with zipfile.ZipFile(path) as archive:
         name = next(n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n))
         metadata = email.parser.BytesHeaderParser().parsebytes(archive.read(name))
@@ -125,21 +125,21 @@ def unmet(
     direct: Sequence[Requirement],
     environment: Mapping[str, str],
     without: Iterable[str] = (),
-) -> dict[str, Wanted]:
-    """What the wheels in `folder` and the direct requirements need and `folder` does not hold.
+) -> dict[str, Requested]:
+    """Finds requirements of the wheels and the direct requirements that `folder` does not satisfy.
 
     Args:
         folder: wheels collected so far.
         direct: requirements to start from.
         environment: marker variables of the target.
-        without: canonical names nobody is to fetch, beside `ON_TARGET`.
+        without: canonical names to leave out, beside `ON_TARGET`.
 
     Returns:
-        Demands by canonical name; empty when the folder is complete.
+        Requirements by canonical name; empty if the folder is complete.
     """
     skipped = ON_TARGET | set(without)
     wheels = wheels_in(folder)
-    wanted: dict[str, Wanted] = {}
+    requested: dict[str, Requested] = {}
     visited: set[tuple[str, str]] = set()
     queue = list(direct)
     while queue:
@@ -147,9 +147,9 @@ def unmet(
         name = str(canonicalize_name(requirement.name))
         if name in skipped:
             continue
-        demand = wanted.setdefault(name, Wanted())
-        demand.specifier &= requirement.specifier
-        demand.extras |= requirement.extras
+        request = requested.setdefault(name, Requested())
+        request.specifier &= requirement.specifier
+        request.extras |= requirement.extras
         if name not in wheels:
             continue
         for extra in {"", *requirement.extras}:
@@ -158,9 +158,9 @@ def unmet(
                 needs = wheel_requirements(wheels[name][1])
                 queue += [need for need in needs if _holds(need, environment, extra)]
     return {
-        name: demand
-        for name, demand in sorted(wanted.items())
-        if name not in wheels or not demand.specifier.contains(wheels[name][0], prereleases=True)
+        name: request
+        for name, request in sorted(requested.items())
+        if name not in wheels or not request.specifier.contains(wheels[name][0], prereleases=True)
     }
 
 
@@ -172,14 +172,14 @@ def _pip(arguments: Sequence[str], what: str) -> None:
         raise WheelhouseError(f"pip could not fetch {what}:\n{tail}")
 
 
-def fetch(folder: Path, wanted: Mapping[str, Wanted], python: str, machine: str) -> None:
-    """Fetch the wheels of one round into `folder`, replacing those of another version."""
+def fetch(folder: Path, requested: Mapping[str, Requested], python: str, machine: str) -> None:
+    """Fetches the wheels of one round into `folder`, replacing those of another version."""
     wheels = wheels_in(folder)
-    for name in wanted:
+    for name in requested:
         if name in wheels:
             wheels[name][1].unlink()
-    built = [f"{n}{w.specifier}" for n, w in wanted.items() if n in SOURCE_ONLY]
-    ready = [f"{n}{w.specifier}" for n, w in wanted.items() if n not in SOURCE_ONLY]
+    built = [f"{n}{w.specifier}" for n, w in requested.items() if n in SOURCE_ONLY]
+    ready = [f"{n}{w.specifier}" for n, w in requested.items() if n not in SOURCE_ONLY]
     if built:
         _pip(["wheel", "--no-deps", "-w", str(folder), *built], ", ".join(built))
     if ready:
@@ -195,10 +195,10 @@ def fetch(folder: Path, wanted: Mapping[str, Wanted], python: str, machine: str)
 def collect(
     folder: Path, python: str, machine: str, without: Iterable[str] = ()
 ) -> list[Requirement]:
-    """Fill `folder` with all the target lacks; return the direct requirements.
+    """Fills `folder` with all wheels that the target lacks; returns the direct requirements.
 
     Raises:
-        WheelhouseError: a package cannot be fetched or two demands contradict each other.
+        WheelhouseError: a package cannot be fetched, or requirements contradict each other.
         install_detectron2.InstallError: the Detectron2 wheel cannot be built.
     """
     environment = target_environment(python, machine)
@@ -207,38 +207,38 @@ def collect(
         install_detectron2.make_wheel(folder)
         direct.append(Requirement(f"detectron2=={install_detectron2.VERSION}"))
     for _ in range(MAX_ROUNDS):
-        wanted = unmet(folder, direct, environment, without)
-        if not wanted:
+        requested = unmet(folder, direct, environment, without)
+        if not requested:
             return direct
-        print(f"Fetching {', '.join(wanted)}", flush=True)
-        fetch(folder, wanted, python, machine)
+        print(f"Fetching {', '.join(requested)}", flush=True)
+        fetch(folder, requested, python, machine)
     raise WheelhouseError(
-        "the demands of these packages do not come together: "
-        + ", ".join(f"{name}{demand.specifier}" for name, demand in wanted.items())
+        "the requirements of these packages contradict each other: "
+        + ", ".join(f"{name}{request.specifier}" for name, request in requested.items())
         + ". Relax a pin in requirements.txt or leave one out with --without."
     )
 
 
 def install_command(folder: str, absent: Iterable[str] = ()) -> str:
-    """What to type on the target.
+    """Returns the install command for the target.
 
     Args:
         folder: the wheelhouse.
-        absent: packages that collected ones ask for and that were left out; with any, pip must
-            not look at dependencies, since it would refuse to install without them.
+        absent: required packages that were left out; if there are any, pip must ignore
+            dependencies, since it would refuse to install without them.
     """
     pip = "python -m pip install --no-index"
     if absent:
-        return (
-            f"{pip} --no-deps {folder}/*.whl   (left out although asked for: {', '.join(absent)})"
-        )
+        return f"{pip} --no-deps {folder}/*.whl   (required but left out: {', '.join(absent)})"
     return f"{pip} --find-links {folder} -r {folder}/requirements.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     running = f"{sys.version_info.major}.{sys.version_info.minor}"
-    parser = argparse.ArgumentParser(description="Collect wheels for a machine without an index.")
+    parser = argparse.ArgumentParser(
+        description="Collects wheels for a machine without a package index."
+    )
     parser.add_argument("--python", default=running, metavar="X.Y", help="Python of the target")
     parser.add_argument("--machine", default=platform.machine(), help="its architecture")
     parser.add_argument("--without", nargs="*", default=[], metavar="NAME", help="leave these out")
@@ -246,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     python = args.python if re.fullmatch(r"3\.\d+", args.python) else running
     if python != args.python and args.python not in ("", "3"):
-        parser.error(f"--python wants a version such as 3.12, not {args.python!r}")
+        parser.error(f"--python {args.python!r} is not a version such as 3.12")
     without = {str(canonicalize_name(name)) for name in args.without}
 
     with tempfile.TemporaryDirectory(prefix="wheelhouse-") as scratch:

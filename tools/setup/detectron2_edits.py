@@ -1,7 +1,7 @@
-"""What the compatibility wheel changes in the Python sources of Detectron2 v0.5, and why.
+"""Edits of the compatibility wheel to the Python sources of Detectron2 v0.5, with reasons.
 
-Every entry replaces an exact piece of text and says how often that text must occur; the builder
-(`install_detectron2.py`) stops at the first mismatch, so a different source can never be edited by
+Every entry replaces an exact text and states how often it must occur; the builder
+(`install_detectron2.py`) stops at the first mismatch, so that another source is never edited by
 accident. The only file added is the stand-in for the compiled module `detectron2._C`.
 """
 
@@ -18,7 +18,7 @@ class Edit(NamedTuple):
         find: text to replace.
         replace: its replacement.
         count: number of occurrences of `find` the file must have.
-        why: what goes wrong without the edit.
+        why: the failure without the edit.
     """
 
     path: str
@@ -213,7 +213,7 @@ def has_cuda():
 
 
 def describe_edits() -> str:
-    """The whole table as readable text, one block an entry."""
+    """Formats the table as text, one block for each entry."""
     blocks = [
         f"detectron2/{e.path}  ({e.count} x)\n  why:  {e.why}\n"
         f"  from: {e.find.strip()!r}\n  to:   {e.replace.strip()!r}"

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Install the Python part of Detectron2 v0.5 where no official build is at hand.
+"""Installs the Python part of Detectron2 v0.5 where no official build is available.
 
-Detectron2 is not on PyPI under its own name, and its official sources want a C++ compiler. This
-script takes the one archive on PyPI that holds the official v0.5 Python sources, checks its hash,
-applies the short table of `detectron2_edits.py` (so that it runs on current NumPy, Pillow,
-setuptools and PyTorch) and builds an ordinary wheel for pip to install. An existing Detectron2 is
+Detectron2 is not on PyPI under its own name, and its official sources need a C++ compiler. This
+script takes the archive on PyPI that has the official v0.5 Python sources, checks its hash,
+applies the edits of `detectron2_edits.py` (so that it runs on current NumPy, Pillow, setuptools
+and PyTorch) and builds a wheel for pip to install. An existing Detectron2 is
 never touched.
 
     python tools/setup/install_detectron2.py                   # build and install
@@ -12,7 +12,7 @@ never touched.
     python tools/setup/install_detectron2.py --sdist FILE      # no index: use this archive
     python tools/setup/install_detectron2.py --print-edits     # show what is changed and why
 
-Needs the standard library and pip; fetching the archive also needs torch and setuptools, because
+It needs the standard library and pip; fetching the archive also needs torch and setuptools, because
 pip runs the archive's own `setup.py`, which imports them.
 """
 
@@ -71,13 +71,13 @@ _PIP_REFUSAL = "cannot declare direct URL dependencies"
 
 
 class InstallError(RuntimeError):
-    """A problem the user can act on; the message says how."""
+    """A problem that the user can fix; the message says how."""
 
 
 def existing_installation() -> str | None:
-    """Version and place of the importable Detectron2, or None.
+    """Returns version and location of the importable Detectron2, or None.
 
-    A mere folder called `detectron2` in the current directory (a namespace package without
+    A folder called `detectron2` in the current directory (a namespace package without
     `__init__`) does not count.
     """
     spec = importlib.util.find_spec("detectron2")
@@ -93,7 +93,7 @@ def existing_installation() -> str | None:
 def _pip(
     arguments: Sequence[str], *, pip_folder: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run pip of this interpreter (or the copy in `pip_folder`) with the user's own settings."""
+    """Runs pip of this interpreter (or the copy in `pip_folder`) with the user's settings."""
     env = dict(os.environ)
     if pip_folder is not None:
         paths = [str(pip_folder), *filter(None, [env.get("PYTHONPATH")])]
@@ -112,7 +112,7 @@ def _tail(result: subprocess.CompletedProcess[str], lines: int = 8) -> str:
 
 
 def fetch_sdist(folder: Path) -> Path:
-    """Download the archive into `folder` through pip, which checks its hash before running it.
+    """Downloads the archive into `folder` through pip, which checks its hash before running it.
 
     Raises:
         InstallError: torch or setuptools is missing, or pip cannot obtain the archive.
@@ -145,7 +145,7 @@ def fetch_sdist(folder: Path) -> Path:
 
 
 def read_sdist(path: Path, sha256: str = SDIST_SHA256) -> dict[str, bytes]:
-    """Check the archive and read the package's files and the license into memory.
+    """Checks the archive and reads the package's files and the license into memory.
 
     Args:
         path: the `.tar.gz` source archive.
@@ -170,7 +170,7 @@ def read_sdist(path: Path, sha256: str = SDIST_SHA256) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
         for member in archive:
-            name = member.name.partition("/")[2]  # drop the archive's top folder
+            name = member.name.partition("/")[2]  # without the top folder of the archive
             stream = archive.extractfile(member) if member.isfile() else None
             if stream is not None and (name == "LICENSE" or name.startswith("detectron2/")):
                 files[name] = stream.read()
@@ -180,7 +180,7 @@ def read_sdist(path: Path, sha256: str = SDIST_SHA256) -> dict[str, bytes]:
 
 
 def apply_edits(files: Mapping[str, bytes], edits: Sequence[Edit]) -> dict[str, bytes]:
-    """Apply the table; every edited file gets a closing comment that says so (Apache-2.0, 4b).
+    """Applies the edits; every edited file gets a closing notice (Apache-2.0, section 4b).
 
     Args:
         files: content by path, as `read_sdist` returns it; not modified.
@@ -205,7 +205,7 @@ def apply_edits(files: Mapping[str, bytes], edits: Sequence[Edit]) -> dict[str, 
         edited[name] = text.replace(edit.find, edit.replace).encode()
         touched[name] = touched.get(name, 0) + edit.count
     for name, number in touched.items():
-        # At the end, so that line numbers above the first edit stay those of the original.
+        # At the end, to keep the line numbers of the original up to the first edit.
         note = (
             f"\n# Changed from Detectron2 v0.5 in {number} place(s); see EDITS.txt in dist-info.\n"
         )
@@ -219,7 +219,7 @@ def _record_line(name: str, data: bytes) -> str:
 
 
 def build_wheel(files: Mapping[str, bytes], folder: Path) -> Path:
-    """Write the wheel; equal input gives equal bytes.
+    """Writes the wheel; equal input gives equal bytes.
 
     Args:
         files: content by path: the `detectron2/` package and `LICENSE`.
@@ -258,21 +258,21 @@ def build_wheel(files: Mapping[str, bytes], folder: Path) -> Path:
         for name, data in contents.items():
             entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.create_system = 3  # Unix, whatever this machine is
+            entry.create_system = 3  # Unix, on every machine
             entry.external_attr = 0o100644 << 16
             archive.writestr(entry, data)
     return wheel
 
 
 def make_wheel(folder: Path, sdist: Path | None = None) -> Path:
-    """Obtain the archive (unless given), edit it and write the wheel into `folder`."""
+    """Obtains the archive (unless given), edits it and writes the wheel into `folder`."""
     with tempfile.TemporaryDirectory(prefix="detectron2-") as scratch:
         files = read_sdist(sdist or fetch_sdist(Path(scratch)))
     return build_wheel(apply_edits(files, detectron2_edits.EDITS), folder)
 
 
 def install(sdist: Path | None = None, *, with_dependencies: bool = True) -> None:
-    """Build the wheel and let pip install it into the running interpreter's environment.
+    """Builds the wheel and installs it into the environment of the running interpreter.
 
     Raises:
         InstallError: the wheel cannot be built or pip fails.
@@ -285,7 +285,7 @@ def install(sdist: Path | None = None, *, with_dependencies: bool = True) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=SUMMARY)
     parser.add_argument("--sdist", type=Path, metavar="FILE", help="use this source archive")
     parser.add_argument(

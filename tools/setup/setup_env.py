@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Create `.venv` with everything the project runs on; `make setup` calls it.
+"""Creates `.venv` with all packages of the project; `make setup` calls it.
 
-Safe to repeat: what is already in place is left alone. It needs Python 3.10 or newer with venv and
-pip, a package index that pip reaches (pip's own settings decide which) and disk space, but no
-compiler, GPU or code host. The stamp file it leaves in `.venv` tells make that all is done.
+It can be repeated; existing parts are kept. It needs Python 3.10 or newer with venv and pip, a
+package index that pip reaches (chosen by pip's own settings) and disk space, but no compiler, GPU
+or code host. A stamp file in `.venv` tells make that the environment is complete.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ STAMP = ".ready"
 
 MINIMUM_PYTHON = (3, 10)
 VENV_GIGABYTES = 7
-"""What a finished environment takes: the CUDA build of PyTorch is most of it."""
+"""Size of the finished environment, mostly the CUDA build of PyTorch."""
 DOWNLOAD_GIGABYTES = 4
-"""What pip keeps in the temporary folder while it installs PyTorch."""
+"""Size of pip's temporary files during the installation of PyTorch."""
 
 # Editable installs without build isolation need current build tools; pip 25.3 is the last tested
-# series that reads the Detectron2 archive without a detour (see install_detectron2.py).
+# series that accepts the Detectron2 archive directly (see install_detectron2.py).
 BUILD_TOOLS = ("pip==25.3", "setuptools==84.2.1", "wheel==0.48.0")
 PROBE = "yacs==0.1.8"
-"""A tiny package of requirements.txt, used to ask whether pip reaches an index at all."""
+"""A tiny package of requirements.txt, fetched to test that pip reaches an index."""
 
 
 class SetupError(RuntimeError):
-    """A problem the user can act on; the message says how."""
+    """A problem that the user can fix; the message says how."""
 
 
 def check_interpreter(version: Sequence[int] = sys.version_info) -> None:
-    """Raise SetupError unless this Python is new enough and can create environments."""
+    """Raises SetupError unless this Python is new enough and can create environments."""
     if tuple(version[:2]) < MINIMUM_PYTHON:
         raise SetupError(
             f"Python {'.'.join(map(str, version[:3]))} is too old, 3.10 or newer is needed. "
@@ -57,7 +57,7 @@ def check_interpreter(version: Sequence[int] = sys.version_info) -> None:
 
 
 def check_disk_space(venv: Path = VENV) -> None:
-    """Raise SetupError when the environment or pip's temporary files cannot fit."""
+    """Raises SetupError if there is no space for the environment or pip's temporary files."""
     folder = venv.parent
     scratch = Path(tempfile.gettempdir())
     needed = {folder: VENV_GIGABYTES}
@@ -75,7 +75,7 @@ def check_disk_space(venv: Path = VENV) -> None:
 
 
 def _run(command: Sequence[str | Path], failure: str, *, quiet: bool = False) -> None:
-    """Run a command from the repository root; raise SetupError with `failure` when it fails."""
+    """Runs a command from the repository root; raises SetupError with `failure` if it fails."""
     output = subprocess.PIPE if quiet else None
     result = subprocess.run(
         [str(part) for part in command], cwd=ROOT, text=True, stdout=output, stderr=output
@@ -86,7 +86,7 @@ def _run(command: Sequence[str | Path], failure: str, *, quiet: bool = False) ->
 
 
 def check_index(python: Path) -> None:
-    """Raise SetupError, within a minute, when pip cannot fetch even a tiny package."""
+    """Raises SetupError within a minute if pip cannot fetch a tiny package."""
     with tempfile.TemporaryDirectory() as scratch:
         options = ["--no-deps", "--retries", "1", "--timeout", "20", "-q", "-d", scratch]
         _run(
@@ -99,7 +99,7 @@ def check_index(python: Path) -> None:
 
 
 def create_environment(venv: Path = VENV) -> Path:
-    """Create the environment unless a working one is there; return its interpreter.
+    """Creates the environment unless a working one exists; returns its interpreter.
 
     Raises:
         SetupError: no disk space, no index, or venv or pip fails.
@@ -121,7 +121,7 @@ def create_environment(venv: Path = VENV) -> Path:
 
 
 def install_packages(python: Path) -> None:
-    """Install the pinned packages, Detectron2 where absent, and this package in editable form."""
+    """Installs the pinned packages, Detectron2 where absent, and this package in editable form."""
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     print("Installing the pinned packages (3 GB to fetch the first time) ...", flush=True)
     _run(
@@ -140,7 +140,7 @@ def install_packages(python: Path) -> None:
 
 
 def main() -> int:
-    """Set everything up; returns the exit status."""
+    """Sets everything up; returns the exit code."""
     start = time.monotonic()
     try:
         check_interpreter()

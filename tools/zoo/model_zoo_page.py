@@ -1,4 +1,4 @@
-"""The text of MODEL_ZOO.md, from figures and records."""
+"""Writes the text of MODEL_ZOO.md from figures and records."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ problems that were solved exactly, independently of any detector.
 
 
 def render(entries: Sequence[Entry], figures: Mapping[str, Any], sources: Mapping[str, Any]) -> str:
-    """The whole page.
+    """Returns the whole page.
 
     Args:
         entries: all names of the zoo.
         figures: content of figures.json.
-        sources: folder of configurations -> what is known of the paper.
+        sources: facts of the paper by folder of configurations.
     """
     parts = [HEAD]
     own = [x for x in entries if x.weights]

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Makes weights of a finished run a part of the library: small, checked, evaluated, documented.
+"""Packages the weights of a finished run with the library, evaluated and documented.
 
     python tools/zoo/package_checkpoint.py output/demo sparse_rcnn_tiny_shapes \\
         --config SparseRCNN/sparse_rcnn_tiny.yaml \\
         --command "make demo" --commit HASH --date 2026-11-21 --hardware "CPU, 2 cores"
 
-Writes asag/model_zoo/weights/NAME.pth, with parameters and class names only, and NAME.json, which
-says how they were trained and what an evaluation of the packaged file reached just now, on
-DATASETS.TEST of the recipe or on the validation images of --data. --half stores float16; models
+Writes asag/model_zoo/weights/NAME.pth, with parameters and class names only, and NAME.json, with
+the training command and the evaluation of the packaged file on DATASETS.TEST of the recipe or on
+the validation images of --data. --half stores float16; models
 compute in float32 with them. Run `python tools/make_model_zoo.py` afterwards.
 """
 
@@ -40,14 +40,14 @@ from pycocotools.coco import COCO
 from torch import Tensor
 
 MAX_BYTES = 15_000_000
-# What decides how a trained model works on a picture; all else of a run is about its training.
+# Keys that affect inference; all other differences of a run concern its training.
 INFERENCE_KEYS = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "INPUT.FORMAT")
 INFERENCE_KEYS += ("TEST.DETECTIONS_PER_IMAGE",)
 NOT_OF_THE_MODEL = ("MODEL.WEIGHTS", "MODEL.TIMM.WEIGHTS", "MODEL.DEVICE", "MODEL.COMPILE")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     args = parse(arguments)
     try:
         record = package(args)
@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of the training, with config.yaml")
+    add("run", type=Path, metavar="RUN", help="folder of the run, with config.yaml")
     add("name", metavar="NAME", help="in the model zoo")
     add("--weights", default="model_best.pth", metavar="FILE", help="in RUN (default %(default)s)")
     add("--config", required=True, metavar="FILE", help="recipe, below configs/")
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def package(args: argparse.Namespace) -> dict[str, Any]:
-    """Writes both files.
+    """Writes the weights and their record.
 
     Returns:
         The record.
@@ -135,7 +135,7 @@ def package(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def strip(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Parameters and buffers in `dtype`, each with memory of its own.
+    """Copies parameters and buffers, in `dtype`, to memory of their own.
 
     Raises:
         ValueError: a tensor has entries that are NaN, infinite, or too large for `dtype`.
@@ -148,7 +148,7 @@ def strip(state: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[
 
 
 def overrides(recipe: CfgNode, run: CfgNode) -> list[str]:
-    """KEY VALUE words that turn the recipe's model and test input into the run's."""
+    """Returns the KEY VALUE words that turn the recipe's model and test input into the run's."""
     words: list[str] = []
     for key, (_, value) in differences(recipe, run).items():
         of_the_model = key.startswith("MODEL.") and key not in NOT_OF_THE_MODEL
@@ -160,8 +160,11 @@ def overrides(recipe: CfgNode, run: CfgNode) -> list[str]:
 
 
 def evaluate(cfg: CfgNode, weights: Path) -> dict[str, Any]:
-    """What the file reaches on the first data set of DATASETS.TEST, in percent, with the number of
-    its images and objects of each class beside."""
+    """Evaluates the file on the first data set of DATASETS.TEST.
+
+    Returns:
+        Metrics in percent, and the number of images and of objects of each class.
+    """
     name = cfg.DATASETS.TEST[0]
     cfg.DATASETS.TEST = (name,)
     cfg.TEST.NUM_PICTURES = 0
