@@ -1,1 +1,1 @@
-"""The malformed inputs of tools/bad_inputs.py, one module a kind."""
+"""Cases of malformed input, one module for each kind; `tools/bad_inputs.py` runs them."""

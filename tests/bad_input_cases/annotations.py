@@ -1,4 +1,4 @@
-"""COCO-format annotation files: corrections, and errors that stop the run."""
+"""Malformed annotation files in COCO format."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Change = Callable[[dict[str, Any]], Any]
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; the seed chooses which entries are broken and where files are cut off."""
+    """Returns all cases; the seed selects the broken entries and the positions of truncation."""
     rng = np.random.default_rng(seed)
     return [
         *_boxes(rng),
@@ -51,7 +51,7 @@ def cases(seed: int) -> list[Case]:
 
 
 def healthy() -> dict[str, Any]:
-    """A file without a fault: two boxes an image, ids and classes not in a row."""
+    """Returns a valid file: two boxes for each image, ids and classes with gaps."""
     images = [
         {"id": 10 * i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH}
         for i in range(1, NUM_IMAGES + 1)
@@ -74,7 +74,7 @@ def healthy() -> dict[str, Any]:
 
 @functools.cache
 def image_folder() -> Path:
-    """The images of `healthy`, made once."""
+    """Writes the images of `healthy` once and returns their folder."""
     folder = tempfile.TemporaryDirectory(prefix="bad_inputs_images_")
     _kept.append(folder)
     for i in range(1, NUM_IMAGES + 1):
@@ -82,7 +82,7 @@ def image_folder() -> Path:
     return Path(folder.name)
 
 
-_kept: list[tempfile.TemporaryDirectory] = []  # removed when the interpreter ends
+_kept: list[tempfile.TemporaryDirectory] = []  # removed at the end of the process
 
 
 @functools.cache
@@ -95,7 +95,8 @@ def _mapper() -> SparseDetectionMapper:
 def use(folder: Path, content: bytes) -> str:
     """Registers a file for training and loads every image; returns the report.
 
-    Raises `WrongResult` if boxes vanish without being counted in the report.
+    Raises:
+        WrongResult: a box is lost without being counted in the report.
     """
     (folder / FILE).write_bytes(content)
     split = CocoSplit(folder / FILE, (image_folder(),))
@@ -108,7 +109,7 @@ def use(folder: Path, content: bytes) -> str:
 
 
 def _account(data: dict[str, Any], report: DatasetReport, images: int, trained: int) -> None:
-    """Every image and box of the file is trained on, or counted among those that are not."""
+    """Checks that every image and box is trained on or counted as left out."""
     expect(
         images + report.missing_files == len(data["images"]),
         f"of {len(data['images'])} images {images} remain, {report.missing_files} are reported",
@@ -135,7 +136,7 @@ def _changed(change: Change) -> Callable[[Path], str]:
 def _case(
     title: str, name: str, happens: str, change: Change, *says: str, remedy: str | None = None
 ) -> Case:
-    """A changed copy of the healthy file; errors must name it."""
+    """Makes a case of a changed copy of the valid file; errors must name it."""
     named = (FILE, *says) if remedy is not None else says
     return Case("annotations", title, name, happens, _changed(change), named, remedy)
 

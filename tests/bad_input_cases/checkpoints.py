@@ -1,4 +1,4 @@
-"""Weights files: damaged, of something else, of other models, with code in them."""
+"""Malformed weights files: damaged, of other content or models, or with executable code."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ READ = "cannot read weights"
 
 
 class Runs:
-    """What a malicious file holds: makes a folder when it is unpickled the careless way."""
+    """Content of a malicious file: creates a folder when it is unpickled without restriction."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return os.mkdir, ("ran",)
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; the seed chooses where files are cut off or changed."""
+    """Returns all cases; the seed selects the positions of truncation and change."""
     rng = np.random.default_rng(seed)
     return [*_damaged(rng), *_not_weights(rng), *_packages(), *_code(), *_other_contents()]
 
 
 @functools.cache
 def model() -> nn.Module:
-    """A model small enough to write dozens of times."""
+    """Builds a model that is small enough to be written dozens of times."""
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
 
 
 def use(folder: Path, name: str = FILE) -> str:
-    """Loads the file as the training loads MODEL.WEIGHTS; no code in it may run."""
+    """Loads the file as training loads MODEL.WEIGHTS; no code in it may run."""
     try:
         AtomicCheckpointer(model(), str(folder)).load(str(folder / name))
     finally:

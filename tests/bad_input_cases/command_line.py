@@ -1,4 +1,4 @@
-"""Arguments of train_net.py that contradict each other or name what is not there."""
+"""Arguments of train_net.py that contradict each other or name missing files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .common import Case, Refused, expect
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; there is nothing to draw."""
+    """Returns all cases; the seed is not used."""
     return list(_rows())
 
 

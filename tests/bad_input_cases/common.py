@@ -1,4 +1,4 @@
-"""What a case is, and how it is judged."""
+"""Definition and judgment of a case."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from types import FrameType
 from asag.data import SampleError
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMEOUT = 30.0  # seconds a case may take; none needs a tenth of it
+TIMEOUT = 30.0  # seconds of a case; none needs a tenth of it
 
-# What the command line prints without a traceback.
+# Errors that the command line prints without a traceback.
 USER_ERRORS = (ValueError, KeyError, OSError, SampleError)
 
 
 class WrongResult(Exception):
-    """Malformed input was taken, but not as the case says."""
+    """Malformed input was accepted, but not handled as declared."""
 
 
 class Refused(Exception):
-    """What the command line printed before it ended with the exit code for users' errors."""
+    """The command line ended with the exit code for user errors; the text is its output."""
 
 
 class Hang(BaseException):
-    """Not an Exception, so that the code under test cannot catch it."""
+    """Time limit exceeded; no Exception, so that the code under test cannot catch it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One malformed input and what has to become of it.
+    """One malformed input and its declared outcome.
 
     Attributes:
         kind: section of the table.
-        title: row of the table; cases that differ in a number or a place share one.
-        name: unique in its kind and title.
-        happens: for the table: how it is handled, or what the error says.
-        run: does it in a folder of its own. Returns what the user is told when it is handled;
-            raises `WrongResult` when it is handled wrongly.
-        says: what the user must be told: file, key or entry.
-        remedy: what the message must tell the user to do; None: the input is handled.
+        title: row of the table, shared by cases that differ in a number or position.
+        name: unique among the cases of its kind and title.
+        happens: description for the table.
+        run: executes the case in an empty folder. Returns the message to the user if the input is
+            handled; raises `WrongResult` if it is handled wrongly.
+        says: texts that the message must contain: file, key or entry.
+        remedy: advice that the message must contain; None: the input is handled.
     """
 
     kind: str
@@ -59,7 +59,7 @@ def judge(case: Case, folder: Path) -> str | None:
     """Runs a case in an empty folder.
 
     Returns:
-        None if all is as declared, otherwise a sentence about what is not.
+        None if the outcome is as declared, otherwise a sentence about the difference.
     """
     try:
         with _time_limit():
@@ -87,7 +87,7 @@ def _judge_error(case: Case, error: Exception) -> str | None:
     described = f"{type(error).__name__}: {error}"
     if case.remedy is None:
         return f"was refused: {described}"
-    # A sample's error names image and position around what went wrong.
+    # SampleError adds image and position to the original error.
     origin = error.__cause__ if isinstance(error, SampleError) and error.__cause__ else error
     if not isinstance(origin, USER_ERRORS):
         return f"ended in {type(origin).__name__}, which users see as a traceback: {described}"
@@ -99,13 +99,13 @@ def _judge_error(case: Case, error: Exception) -> str | None:
 
 
 def _raised_by_library(error: BaseException) -> bool:
-    """Whether the message is the library's own, and not one that came from far below it."""
+    """Returns True if the error was raised by this library and not by one of its dependencies."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).is_relative_to(ROOT / "asag")
 
 
-def _lacking(wanted: tuple[str, ...], text: str) -> str | None:
-    lacking = [part for part in wanted if part not in text]
+def _lacking(required: tuple[str, ...], text: str) -> str | None:
+    lacking = [part for part in required if part not in text]
     return f"does not say {lacking}: {text}" if lacking else None
 
 

@@ -1,4 +1,4 @@
-"""Configurations: numbers out of range, names that no component has, unknown keys, broken files."""
+"""Malformed configurations: out-of-range numbers, unknown names and keys, broken files."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WRONG = "no-such-choice"
 FREE = ("MODEL.META_ARCHITECTURE", "SparseDetector")
 TIMM = ("MODEL.BACKBONE.NAME", "build_timm_fpn_backbone", "MODEL.TIMM.NAME", "test_resnet")
 
-# Keys whose value is a name, with a configuration that reads them. Every other choice of the
-# library is tried with the tiny Sparse R-CNN.
+# Keys whose value is a name, with a configuration that reads them. All other keys are tried with
+# the tiny Sparse R-CNN.
 CONFIGS = {
     "MODEL.PROPOSAL_GENERATOR.REFERENCE_POINTS": CONDITIONAL,
     "MODEL.DECODER.SPATIAL_QUERY": CONDITIONAL,
@@ -63,13 +63,13 @@ CHOICES = (
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; the seed chooses the key whose type is wrong in each of those cases."""
+    """Returns all cases; the seed selects the keys with a value of the wrong type."""
     rng = np.random.default_rng(seed)
     return [*_numbers(), *_types(rng), *_choices(), *_lists(), *_keys(rng), *_files()]
 
 
 def train(cfg: CfgNode) -> Trainer:
-    """What the command line does before the first step, on one image of nothing."""
+    """Runs the command line up to the first step, on one empty image."""
     check_config(cfg)
     check_test_augmentation(cfg)
     record = {"file_name": "none.png", "image_id": 1, "height": 64, "width": 64, "annotations": []}
@@ -79,7 +79,7 @@ def train(cfg: CfgNode) -> Trainer:
 
 
 def overridden(config: str, *words: str) -> Callable[[Path], str]:
-    """Trains with overrides of the command line."""
+    """Makes a case of overrides on the command line."""
 
     def run(folder: Path) -> str:
         fixed = ("MODEL.DEVICE", "cpu", "DATASETS.TEST", "()", "OUTPUT_DIR", str(folder))
@@ -95,7 +95,7 @@ def _tiny() -> CfgNode:
 
 
 def _outside(rule: Range) -> Iterator[tuple[str, Any]]:
-    """Values that a range does not hold, each with what is wrong with it."""
+    """Returns values outside of a range, each with the expected message."""
     if np.isfinite(rule.low):
         step = 1 if rule.whole else 0.5
         yield "number below its range", type(step)(rule.low) - step
@@ -134,7 +134,7 @@ def _numbers() -> Iterator[Case]:
                 *parents, leaf = k.split(".")
                 node = functools.reduce(getattr, parents, _tiny())
                 before = node[leaf]
-                node[leaf] = v  # yacs checks types on the way from a file only
+                node[leaf] = v  # yacs checks the types of files only
                 try:
                     check_config(_tiny())
                 finally:
@@ -158,7 +158,7 @@ def _types(rng: np.random.Generator) -> Iterator[Case]:
 
 def _choices() -> Iterator[Case]:
     for key in CHOICES:
-        # The papers' architectures fix some of the names; the free combination takes any.
+        # The architectures of the papers fix some names; SparseDetector accepts any.
         free = () if key == "MODEL.META_ARCHITECTURE" else FREE
         run = overridden(CONFIGS.get(key, TINY), *free, key, WRONG)
         happens = "names the key and the choices"

@@ -1,4 +1,4 @@
-"""CrowdHuman's odgt files."""
+"""Malformed odgt files of CrowdHuman."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ REMEDY = "fix or remove the line"
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; the seed chooses the broken line and where it is cut off."""
+    """Returns all cases; the seed selects the broken line and the position of truncation."""
     rng = np.random.default_rng(seed)
     return [*_lines(rng), *_boxes(rng), *_files(), *_images()]
 
 
 def record(number: int) -> dict[str, Any]:
-    """A healthy line: a person, and a region to ignore."""
+    """Returns a valid line: a person, and a region to ignore."""
     return {
         "ID": f"image,{number}",
         "gtboxes": [
@@ -37,7 +37,7 @@ def record(number: int) -> dict[str, Any]:
 
 
 def use(folder: Path, lines: list[bytes], image: bytes | None = None) -> str:
-    """Loads a file of these lines, with healthy images unless the last one is given."""
+    """Loads a file of these lines, with valid images unless the last one is given."""
     (folder / FILE).write_bytes(b"\n".join(lines))
     for number in range(LINES):
         Image.new("RGB", (40, 30)).save(folder / f"image,{number}.jpg")

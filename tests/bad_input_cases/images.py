@@ -1,4 +1,4 @@
-"""Images: odd ones that must look right, broken ones that must be named."""
+"""Unusual images, which must be read correctly, and broken ones, which must be named."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXTENSIONS = {
     "WEBP": "webp",
 }
 EXIF_ORIENTATION = 0x0112
-# How to store a picture so that a reader who obeys the orientation sees it upright.
+# Transpositions for storage, so that a reader that applies the orientation gets an upright image.
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -42,20 +42,20 @@ REPLACE = "Replace the file"
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; the seed chooses where files are cut off and what garbage holds."""
+    """Returns all cases; the seed selects the positions of truncation and the random content."""
     rng = np.random.default_rng(seed)
     return [*_modes(), *_orientations(), *_names(), *_shapes(), *_truncated(rng), *_no_images(rng)]
 
 
 def picture() -> Image.Image:
-    """Smooth, different in every corner, so that every wrong turn or color shows."""
+    """Makes a smooth image with distinct corners, which reveals a wrong orientation or color."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     channels = 40 + 3 * y, 30 + 3 * x, 220 - 2 * x - y
     return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
 
 
 def load(path: Path, height: int = HEIGHT, width: int = WIDTH, max_size: int = 64) -> np.ndarray:
-    """What the training sees of a file: (H, W, 3) uint8, RGB, not resized at 48 x 64."""
+    """Loads a file as training does: (H, W, 3) uint8, RGB, not resized at 48 x 64."""
     box = {"bbox": [1, 1, width - 1, height - 1], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     record: dict[str, Any] = {"file_name": str(path), "image_id": 1, "annotations": [box]}
     loader = build_train_loader(
@@ -77,14 +77,16 @@ def _mapper(max_size: int) -> SparseDetectionMapper:
 
 
 def _looks(save: Callable[[Path], Path], tolerance: float, gray: str = "") -> Callable:
-    """Saves the picture, loads it and compares it with what is left of it in the mode `gray`;
-    tolerance is the mean error in steps of 0 to 255."""
+    """Saves the image, loads it and compares it with the original in the mode `gray`.
+
+    The tolerance is the mean error in steps of 0 to 255.
+    """
 
     def run(folder: Path) -> str:
         seen = load(save(folder)).astype(float)
-        wanted = picture().convert(gray).convert("RGB") if gray else picture()
+        expected = picture().convert(gray).convert("RGB") if gray else picture()
         expect(seen.shape == (HEIGHT, WIDTH, 3), f"it has the shape {seen.shape}")
-        error = np.abs(seen - np.asarray(wanted, dtype=float)).mean()
+        error = np.abs(seen - np.asarray(expected, dtype=float)).mean()
         expect(error < tolerance, f"pixels are wrong by {error:.1f} on average")
         return ""
 
@@ -115,7 +117,7 @@ def _modes() -> Iterator[Case]:
         others = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "blue")]
         return _saver(name, picture, save_all=True, append_images=others, **options)
 
-    # title, extension, how to save it, tolerance, mode without colors, what happens
+    # title, extension, save function, tolerance, mode without colors, description
     rows: list[tuple[str, str, Callable[[Path], Path], float, str, str]] = [
         ("CMYK", "jpg", _saver("a.jpg", converted("CMYK"), quality=95), 8, "", "converted"),
         ("CMYK", "tif", _saver("a.tif", converted("CMYK")), 3, "", "converted"),
@@ -174,7 +176,7 @@ def _orientations() -> Iterator[Case]:
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = 6
         picture().save(folder / "a.jpg", exif=exif)
-        load(folder / "a.jpg")  # the annotation has the size of the stored pixels
+        load(folder / "a.jpg")  # the annotation states the size of the stored pixels
         return ""
 
     says = ("a.jpg", "48 x 64", "64 x 48", "EXIF")

@@ -284,7 +284,7 @@ class TestPictures:
             boxes[:, 2:] += boxes[:, :2]
             torch.testing.assert_close(boxes, found.pred_boxes.tensor, atol=1e-2, rtol=1e-4)
         assert not Path("output").exists()  # JSON alone draws nothing
-        assert "2 pictures in" in out and "listed in found.json" in out
+        assert "2 images in" in out and "listed in found.json" in out
 
     def test_drawings_mirror_the_folder_and_never_collide(self, run, tmp_path):
         for name in ("a.jpg", "a.png", "a.bmp", "sub/a.jpg"):
@@ -295,7 +295,7 @@ class TestPictures:
         assert status == 0 and drawn == ["a.jpg", "a.png", "a_2.png", "sub/a.jpg"]
         assert np.array(Image.open("in/out/a.png")).shape == (480, 600, 3)
         _, out, _ = run("in", "--output", "in/out")
-        assert "4 pictures in" in out  # earlier results are not taken for input
+        assert "4 images in" in out  # earlier results are not taken for input
 
     def test_default_output_folder(self, run):
         Image.fromarray(picture()).save("a.png")
@@ -338,7 +338,7 @@ class TestPictures:
         for name in ("junk.jpg", "cut.png", "absent.png"):
             assert f"skipped: {name}" in error
         assert "line.png" not in error  # narrow, and yet a picture
-        assert "2 pictures in" in out and "3 inputs skipped" in out
+        assert "2 images in" in out and "3 inputs skipped" in out
 
     def test_status_1_when_nothing_can_be_read(self, run):
         Path("junk.jpg").write_bytes(b"junk")
@@ -375,7 +375,7 @@ class TestVideos:
         Path("in/junk.avi").write_bytes(b"junk")
         status, out, error = run("in", "--output", "out", "--max-frames", "2")
         assert status == 0 and Path("out/clip.mp4").stat().st_size > 0
-        assert "1 picture and 1 video (2 frames)" in out
+        assert "1 image and 1 video (2 frames)" in out
         assert "cannot open video in/junk.avi" in error
 
     def test_camera_until_it_is_interrupted(self, run, monkeypatch):

@@ -57,7 +57,7 @@ def test_positives_follow_from_the_matcher(detector: tuple) -> None:
     found = observations.find_positives(model, sample)
     objects = len(sample["instances"])
     assert found.boxes_xyxy.shape == (2, 6, 4) and found.assignment.shape == (2, 6)
-    assert torch.equal(found.truth_xyxy, sample["instances"].gt_boxes.tensor)
+    assert torch.equal(found.gt_xyxy, sample["instances"].gt_boxes.tensor)
     for s in range(2):
         for m in range(objects):
             assert found.counts[s, m] == sum(int(x) == m for x in found.assignment[s])

@@ -543,8 +543,8 @@ def test_verdicts_equal_pycocotools(seed):
     assert expected.sum() > 0
 
 
-def scene(truth_xyxy, found_xyxy, scores):
-    gt = np.array(truth_xyxy, dtype=float).reshape(-1, 4)
+def scene(gt_xyxy, found_xyxy, scores):
+    gt = np.array(gt_xyxy, dtype=float).reshape(-1, 4)
     found = np.array(found_xyxy, dtype=float).reshape(-1, 4)
     m, n = len(gt), len(found)
     return (

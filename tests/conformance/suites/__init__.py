@@ -1,1 +1,1 @@
-"""One module a suite of reference tensors; `tools/verify.py` walks folders and calls them."""
+"""Suites of reference tensors, one module for each."""

@@ -1,4 +1,4 @@
-"""Reference cases of ASAG, told apart by their keys."""
+"""Reference cases of ASAG, distinguished by their keys."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SUITE = "asag"
 
 
 def verify(path: Path) -> Iterator[Check]:
-    """Checks one file of the suite; raises UnknownCase for a file that is none of its cases."""
+    """Yields the comparisons of one file; raises UnknownCase if it is no case of this suite."""
     case = torch.load(path, weights_only=True) if path.suffix == ".pt" else None
     if not isinstance(case, dict):
         raise UnknownCase("is not a dict of tensors")

@@ -30,7 +30,7 @@ KINDS = {"generated": PatchKind.GENERATED, "gt": PatchKind.GROUND_TRUTH, "random
 
 
 def load(module: nn.Module, state: dict[str, Tensor], theirs: str, ours: str) -> None:
-    """Loads a part of a published state dict: `theirs` in front of their names, `ours` of ours."""
+    """Loads a part of a published state dict with prefix `theirs` into one with prefix `ours`."""
     table = ASAG_S if any(name.startswith("head_series.") for name in state) else ASAG_A
     renamed = table.to_ours({theirs + name: value for name, value in state.items()})
     module.load_state_dict({name.removeprefix(ours): value for name, value in renamed.items()})
@@ -38,7 +38,7 @@ def load(module: nn.Module, state: dict[str, Tensor], theirs: str, ours: str) ->
 
 
 def aligned(actual: Tensor, expected: Tensor) -> Tensor:
-    """The rows of `actual` (k, d) in the order in which they fit `expected` (k, d) best."""
+    """Reorders the rows of `actual` (k, d) to match `expected` (k, d)."""
     if actual.shape != expected.shape or not len(actual):
         return actual
     cost = torch.cdist(actual.double(), expected.double(), p=1)
@@ -49,7 +49,7 @@ def aligned(actual: Tensor, expected: Tensor) -> Tensor:
 
 
 def make_network(config: dict[str, Any], state: dict[str, Tensor]) -> AnchorNetwork:
-    """The network of a case with its weights."""
+    """Builds the network of a case with its weights."""
     network = AnchorNetwork(
         dim=config["d_model"],
         channels=config["compress_dim"],
@@ -62,13 +62,13 @@ def make_network(config: dict[str, Any], state: dict[str, Tensor]) -> AnchorNetw
 
 
 def make_rules(thresholds: dict[str, Any], **changes: int) -> ProbingRules:
-    """Thresholds of a case."""
+    """Reads the thresholds of a case."""
     level = int(thresholds["finest_level"].removeprefix("P"))
     return ProbingRules(**{**thresholds, "finest_level": level, **changes})
 
 
 def verify_generator(case: dict[str, Any]) -> Iterator[Check]:
-    """Every case twice: with sizes that follow the data, and with fixed ones."""
+    """Compares every case twice: with data-dependent sizes and with fixed capacities."""
     for name, c in case["cases"].items():
         network = make_network(
             case["config"], {**case["state_dict"], **c.get("state_dict_override", {})}
@@ -106,7 +106,7 @@ def verify_generator(case: dict[str, Any]) -> Iterator[Check]:
 
 
 def anchor_rows(found: GeneratedAnchors, image: int) -> Tensor:
-    """(k, 5) boxes cxcywh and scores of an image's anchors."""
+    """Returns the anchors of an image as (k, 5): boxes cxcywh and scores."""
     anchors = found.anchors
     rows = torch.cat((anchors.boxes_cxcywh, anchors.scores[..., None]), dim=-1)
     return rows[image][anchors.valid[image]]

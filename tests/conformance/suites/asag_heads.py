@@ -1,4 +1,4 @@
-"""Reference cases of ASAG's proposal block and decoders, and of all of it together.
+"""Reference cases of ASAG's proposal block, its decoders, and the whole detector.
 
 B images, N queries.
 """
@@ -38,12 +38,12 @@ STRIDES = (4, 8, 16, 32)
 
 
 def make_pooler(strides: Sequence[int] = STRIDES) -> PyramidRoIAlign:
-    """The legacy alignment that the authors use."""
+    """Builds a pooler with the legacy alignment that the authors use."""
     return PyramidRoIAlign(strides=strides, aligned=False, level_eps=1e-6)
 
 
 def make_block(config: dict[str, Any], num_classes: int) -> ProposalBlock:
-    """The proposal block of a case."""
+    """Builds the proposal block of a case."""
     return ProposalBlock(
         pooler=make_pooler(),
         dim=config["d_model"],
@@ -55,7 +55,7 @@ def make_block(config: dict[str, Any], num_classes: int) -> ProposalBlock:
 
 
 def make_heads(config: dict[str, Any], kind: str) -> ParallelHeads:
-    """All parallel copies of the decoder stage of a case."""
+    """Builds all parallel copies of the decoder stage of a case."""
     common = {"dim": config["d_model"], "num_logits": config["num_classes"]}
 
     def adamixer() -> AdaMixerStage:
@@ -94,18 +94,18 @@ def make_heads(config: dict[str, Any], kind: str) -> ParallelHeads:
 
 
 def visible_pairs(case: dict[str, Any], num_heads: int) -> Tensor:
-    """(B, N, N) bool from the stored mask, which repeats itself for every head."""
+    """Returns (B, N, N) bool from the stored mask, which repeats for every head."""
     blocked = case["attn_mask"]
     return ~blocked.view(-1, num_heads, *blocked.shape[1:])[:, 0]
 
 
 def to_boxes(boxes: Tensor, kind: str, whwh: Tensor) -> Tensor:
-    """What a decoder of this kind is handed -> xyxy in pixels."""
+    """Converts the input boxes of a decoder kind to xyxy in pixels."""
     return xyzr_to_boxes(boxes) if kind == "A" else cxcywh_to_xyxy(boxes) * whwh[:, None]
 
 
 def verify_block(case: dict[str, Any]) -> Iterator[Check]:
-    """Anchors to proposals."""
+    """Compares the step from anchors to proposals."""
     config, inputs = case["config"], case["inputs"]
     block = make_block(config, config["num_classes"])
     load(block, case["state_dict"], "rpn.", "proposal_generator.block.")
@@ -133,7 +133,7 @@ def verify_block(case: dict[str, Any]) -> Iterator[Check]:
 
 
 def verify_decoder(case: dict[str, Any]) -> Iterator[Check]:
-    """Parallel copies of an A or S stage, all of them and each by itself as the main one."""
+    """Compares the copies of an A or S stage, in parallel and each as the main copy."""
     config, inputs, kind = case["config"], case["inputs"], case["decoder_type"]
     heads = make_heads(config, kind)
     load(heads, case["state_dict"], "decoder.", "roi_heads.")
@@ -192,7 +192,7 @@ DEFORMABLE_NAMES = (
 
 
 def verify_deformable(case: dict[str, Any]) -> Iterator[Check]:
-    """A decoder layer of Deformable DETR and its predictors."""
+    """Compares a decoder layer of Deformable DETR and its predictors."""
     config = case["config"]
     stage = DeformableStage(
         dim=config["d_model"],
@@ -207,7 +207,7 @@ def verify_deformable(case: dict[str, Any]) -> Iterator[Check]:
     for name, value in case["state_dict"].items():
         theirs, ours = next(x for x in DEFORMABLE_NAMES if name.startswith(x[0]))
         state[ours + name.removeprefix(theirs)] = value
-    # The cases hold the query position itself, not the layer that makes it.
+    # The cases contain the query position, not the layer that computes it.
     missing = stage.load_state_dict(state, strict=False).missing_keys
     yield Check("parameters without weights", sum("position" not in x for x in missing), 0, 0)
     stage.eval()
@@ -236,7 +236,7 @@ def verify_deformable(case: dict[str, Any]) -> Iterator[Check]:
 
 
 class _Maps(Backbone):
-    """Stands in for the residual network: what it is given are its feature maps."""
+    """Replaces the residual network: its input is returned as the feature maps."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ class _Maps(Backbone):
 
 
 def verify_end_to_end(case: dict[str, Any]) -> Iterator[Check]:
-    """Pyramid, generator, proposal block, every copy of the decoder, detections."""
+    """Compares pyramid, generator, proposal block, every copy of the decoder, and detections."""
     config, kind = case["config"], case["config"]["decoder_type"]
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in case["state_dict"].items():
@@ -294,7 +294,7 @@ def _end_to_end(
     yield Check(f"{name}.patches", counts, torch.as_tensor(expected["patch_counts"]), 0)
     valid = expected["valid_mask"]
     yield Check(f"{name}.counts", found.anchors.valid.sum(dim=1), valid.sum(dim=1), 0)
-    # Anchors in the stored order, so that everything behind them can be compared row by row.
+    # Anchors in the stored order, so that all later tensors can be compared row by row.
     anchors = expected["anchors_cxcywh_px"].clone()
     for b, own in enumerate(valid):
         rows = aligned(anchor_rows(found, b)[:, :4], anchors[b][own])
@@ -331,7 +331,7 @@ def _detections(
     scale = case["original_hw"][0] / torch.tensor(sizes.hw[0])
     boxes = found.pred_boxes.tensor * scale.flip(0).repeat(2)
     yield Check(f"{name}.scores", found.scores, gt["scores"], LOGITS)
-    # Scores that are equal but for rounding may come in either order.
+    # Scores that are equal up to rounding may come in either order.
     rows = torch.cat((boxes, found.pred_classes[:, None].float()), dim=1)
     stored = torch.cat((gt["boxes"], gt["labels"][:, None].float()), dim=1)
     yield Check(f"{name}.boxes_and_labels", aligned(rows, stored), stored, 10 * BOXES_PX)

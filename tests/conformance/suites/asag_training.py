@@ -1,4 +1,4 @@
-"""Reference cases of what trains ASAG: patches, their targets, weights, losses, denoising.
+"""Reference cases of the training of ASAG: patches, targets, weights, losses, denoising.
 
 B images, N queries, D denoising queries, P patches, M padded ground truths.
 """
@@ -40,30 +40,30 @@ from .common import Check
 
 LOSS = 1e-5  # relative tolerance of losses and gradients
 BOXES, BOXES_PX = 1e-5, 5e-4
-SIDE = 15  # cells of a patch's side where a case does not say
+SIDE = 15  # cells of a patch's side unless a case states it
 CLASS, L1, GIOU = 2.0, 5.0, 2.0
 ANCHOR_SHARES = (2.0, 1.0, 0.5)  # of class, L1 and GIoU in lambda_an
 STAGES = ("proposal", "aux0", "aux1", "aux2", "final")
 
 
 def constant(u: float) -> Uniform:
-    """Every draw is `u`."""
+    """Returns a random source that always draws `u`."""
     return lambda shape, device: torch.full(shape, u, device=device)
 
 
 def to_whwh(image_hw: Tensor) -> Tensor:
-    """(B, 2) height and width -> (B, 4) float32."""
+    """Converts (B, 2) height and width to (B, 4) float32."""
     return torch.as_tensor(image_hw).float().flip(1).repeat(1, 2)
 
 
 def read_targets(targets: Sequence[dict[str, Tensor]], whwh: Tensor) -> Targets:
-    """Normalized cxcywh boxes and labels -> padded ground truth."""
+    """Converts normalized cxcywh boxes and labels to padded ground truth."""
     boxes = [cxcywh_to_xyxy(x["boxes"]) * size for x, size in zip(targets, whwh, strict=True)]
     return Targets.from_lists(boxes, [x["labels"] for x in targets], whwh)
 
 
 def per_image(index: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-    """Rows of a flat list by image: (B, P) int64 positions, and bool which of them exist."""
+    """Groups a flat list by image: (B, P) int64 positions, and bool of the valid ones."""
     rows = [(index == b).nonzero()[:, 0] for b in range(batch)]
     width = max(1, *(len(x) for x in rows))
     position, valid = torch.zeros(batch, width, dtype=torch.long), torch.zeros(batch, width)
@@ -74,7 +74,7 @@ def per_image(index: Tensor, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def verify_training_patches(case: dict[str, Any]) -> Iterator[Check]:
-    """Completion of generated patches, and where generated patches are cut."""
+    """Compares the completion of generated patches and their positions."""
     cases = case["cases"]
     for name, c in cases.items() if isinstance(cases, dict) else enumerate(cases):
         whwh = to_whwh(c["image_hw"])
@@ -108,7 +108,7 @@ def verify_training_patches(case: dict[str, Any]) -> Iterator[Check]:
 
 
 def verify_patch_targets(case: dict[str, Any]) -> Iterator[Check]:
-    """Objects of every patch, in its coordinates."""
+    """Compares the objects of every patch in its coordinates."""
     targets = read_targets(case["targets"], to_whwh(case["image_hw"]))
     side, expected = case["patch_size"], case["expected"]
     yield from _compare(
@@ -152,7 +152,7 @@ def _compare(
 
 
 def verify_query_weights(case: dict[str, Any]) -> Iterator[Check]:
-    """Weights by score and IoU."""
+    """Compares the weights by score and IoU."""
     config = case["config"]
     weights = QueryWeights(config["gamma1"], config["gamma2"])
     score, iou = case["score"][:, None], case["iou"][None]
@@ -163,7 +163,7 @@ def verify_query_weights(case: dict[str, Any]) -> Iterator[Check]:
 
 
 def verify_denoising(cases: dict[str, Any]) -> Iterator[Check]:
-    """Noised boxes, what they stand for, and who may see whom."""
+    """Compares the noised boxes, their targets and the attention mask."""
     for name, c in cases.items() if isinstance(cases, dict) else enumerate(cases):
         whwh = to_whwh(c["image_hw"])
         targets, slots, expected = read_targets(c["targets"], whwh), c["num_dn"], c["expected"]
@@ -182,7 +182,7 @@ def verify_denoising(cases: dict[str, Any]) -> Iterator[Check]:
 
 
 def verify_losses(cases: dict[str, Any]) -> Iterator[Check]:
-    """Matches, losses and gradients of whole steps, for both ways to flip targets."""
+    """Compares matches, losses and gradients of whole steps for both variants of flipping."""
     for name, c in cases.items():
         for flip in ("true", "released"):
             step = LossCase(c, released_flip=flip == "released")
@@ -191,7 +191,7 @@ def verify_losses(cases: dict[str, Any]) -> Iterator[Check]:
 
 
 class LossCase:
-    """Stored predictions as leaves, and our losses of them."""
+    """Stored predictions as leaf tensors, and our losses for them."""
 
     def __init__(self, case: dict[str, Any], released_flip: bool) -> None:
         config = case["config"]
@@ -224,7 +224,7 @@ class LossCase:
         self.valid = case["predictions"]["valid_mask"]
 
     def _noised(self, case: dict[str, Any]) -> Tensor:
-        """(B, D) int64: whole groups of all objects, then padding."""
+        """Returns (B, D) int64: complete groups of all objects, then padding."""
         gt = torch.full((len(case["targets"]), case["dn"]["num_dn"]), -1)
         for b, copies in enumerate(case["dn"]["targets"]):
             count = len(copies["labels"])
@@ -232,7 +232,7 @@ class LossCase:
         return gt
 
     def generated(self) -> GeneratedAnchors:
-        """The stored anchors, by image."""
+        """Returns the stored anchors by image."""
         probed = []
         for x in self.patches:
             position, valid = per_image(x["image_index"], len(self.targets.counts))
@@ -254,7 +254,7 @@ class LossCase:
         return GeneratedAnchors(anchors, self.leaves["anchor_p6"], self.leaves["anchor_p5"], probed)
 
     def predictions(self) -> Predictions:
-        """The stored predictions of all stages."""
+        """Returns the stored predictions of all stages."""
         scale = self.targets.image_whwh[:, None]
         valid = self.valid
         if self.noised is not None:
@@ -267,7 +267,7 @@ class LossCase:
         )
 
     def checks(self, expected: dict[str, Any]) -> Iterator[Check]:
-        """Everything stored for one way to flip."""
+        """Compares all tensors stored for one variant of flipping."""
         generated, predictions = self.generated(), self.predictions()
         assignment = self.matcher(predictions, self.targets)
         losses = self.anchor_criterion(generated, self.targets)
@@ -277,7 +277,7 @@ class LossCase:
         for key, value in expected["losses_unweighted"].items():
             ours = self.translate(key)
             compared.add(ours)
-            # Denoising terms have the weights of the detector's terms.
+            # Denoising terms have the weights of the corresponding terms of the detector.
             published = key.removeprefix("dn_")
             published = published if key == published else published.rsplit("_", 1)[0]
             weight = expected["weights"].get(key, expected["weights"].get(published))
@@ -292,7 +292,7 @@ class LossCase:
             yield Check(f"grad.{key}", actual, grad, atol, LOSS)
 
     def translate(self, key: str) -> str:
-        """Published name of a loss -> ours: the authors number auxiliary heads, we all stages."""
+        """Translates a published loss name; the authors number auxiliary heads, we all stages."""
         if key.endswith("_anchor"):
             return key
         last = len(self.stages) - 1
@@ -307,7 +307,7 @@ class LossCase:
     def matches(
         self, assignment: Tensor, generated: GeneratedAnchors, expected: dict[str, Any]
     ) -> Iterator[Check]:
-        """Who answers for what: in every stage and image, and in every patch."""
+        """Compares the matches in every stage and image, and in every patch."""
         for s, stage in enumerate(self.stages):
             for b, pair in enumerate(expected[stage]):
                 yield Check(f"match.{stage}.{b}", *_as_rows(assignment[s, b], pair), 0)
@@ -329,13 +329,13 @@ class LossCase:
             for i, pair in enumerate(expected.get(key, ())):
                 actual, gt = found[i], pair
                 objects = valids[key][i] if key in valids else self._objects(groups, i)
-                # Stored targets are counted among the patch's own objects.
+                # Stored target indices count the objects of the patch.
                 own = objects.nonzero()[:, 0]
                 gt = {"pred": pair["pred"], "target": own[pair["target"]]}
                 yield Check(f"match.{key}.{i}", *_as_rows(actual, gt), 0)
 
     def _objects(self, groups: Sequence[Any], patch: int) -> Tensor:
-        """(M,) bool, objects of a probed patch counted over all levels."""
+        """Returns (M,) bool, the objects of a probed patch over all levels."""
         for x, group in zip(self.patches, groups[2:], strict=True):
             count = len(x["image_index"])
             if patch < count:

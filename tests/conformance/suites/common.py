@@ -1,4 +1,4 @@
-"""What the suites share: the comparison record and the issue about cases nobody recognizes."""
+"""Comparison of tensors, and the error for unknown cases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class UnknownCase(ValueError):
-    """A file whose keys fit no case of the suite that its folder names."""
+    """The keys of a file fit no case of its suite."""
 
 
 class MissingCheckpoint(ValueError):
@@ -31,8 +31,11 @@ Checks = Iterator[Check]
 
 
 def compare(check: Check) -> tuple[float, bool]:
-    """Largest absolute error of a check and whether it passes; shapes must agree, NaN never
-    passes."""
+    """Compares the two tensors of a check.
+
+    Returns:
+        Largest absolute error, and True if the check passes. It fails for NaN and unequal shapes.
+    """
     actual = torch.as_tensor(check.actual).detach().double()
     expected = torch.as_tensor(check.expected).detach().double()
     if actual.shape != expected.shape:

@@ -1,7 +1,7 @@
-"""Reference cases of Conditional DETR and DETR: image to boxes, training, and single components.
+"""Reference cases of Conditional DETR and DETR: inference, training, and single components.
 
 B images, N queries, L = H' x W' cells of the feature map, S stages, K classes, C channels. The
-reference rounds cells at the border of padding as the authors do, so padding is not exact here.
+reference rounds cells at the border of padding as the authors do, so EXACT_PADDING is off here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ DEPTHS = {(3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
 
 def verify(path: Path) -> Iterator[Check]:
-    """Checks one file of the suite; raises UnknownCase for a file that is none of its cases."""
+    """Yields the comparisons of one file; raises UnknownCase if it is no case of this suite."""
     case = torch.load(path, weights_only=True) if path.suffix == ".pt" else {}
     if not isinstance(case, dict):
         raise UnknownCase("is not a dict of tensors")
@@ -59,7 +59,7 @@ def verify(path: Path) -> Iterator[Check]:
 
 
 class ModelCase:
-    """Our components with a case's weights, and what they answer to its images or features."""
+    """Our components with the weights of a case, and their output for its images or features."""
 
     def __init__(self, case: dict[str, Any]) -> None:
         self.case = case
@@ -69,7 +69,7 @@ class ModelCase:
         self.dtype = case["pred_logits"].dtype
         self.sizes = self.read_sizes()
         cfg = configure(case, self.conditional)
-        self.model = build_rooms(cfg, case)
+        self.model = build_components(cfg, case)
         state = {k: v.to(self.dtype) for k, v in case["state_dict"].items()}
         self.model.load_state_dict(self.table.to_ours(state), strict=True)
         self.model.to(self.dtype).eval()
@@ -78,13 +78,13 @@ class ModelCase:
         self.matcher, self.criterion = matcher_and_criterion(weights, self.conditional)
 
     def read_sizes(self) -> ImageSizes:
-        """Sizes of the images; of a bare feature map, a cell counts as a pixel."""
+        """Returns the image sizes; for a case without images a cell counts as a pixel."""
         if "padded_pixel_mask" in self.case:
             return sizes_of_mask(self.case["padded_pixel_mask"], self.dtype)
         return sizes_of_mask(self.case["mask"], self.dtype)
 
     def features(self) -> dict[str, Tensor]:
-        """The map that the encoder reads: given, or computed from the images."""
+        """Returns the input map of the encoder: stored, or computed from the images."""
         if "images_uint8_rgb" not in self.case:
             return {"res5": self.case["feature"].to(self.dtype)}
         mean, std = (
@@ -99,7 +99,7 @@ class ModelCase:
         return self.model.backbone(torch.stack(images))
 
     def predict(self) -> tuple[Predictions, dict[str, Any]]:
-        """Predictions, and what was seen on the way."""
+        """Returns predictions and intermediate tensors."""
         seen: dict[str, Any] = {"layers": [], "weights": [], "scale": []}
 
         def record_stage(stage: nn.Module, _args: tuple, output: tuple) -> None:
@@ -132,7 +132,7 @@ class ModelCase:
         return predictions, seen
 
     def checks(self) -> Iterator[Check]:
-        """Every tensor of the case."""
+        """Compares every tensor of the case."""
         case, tolerance = self.case, LAYERS * self.deep
         with torch.no_grad():
             predictions, seen = self.predict()
@@ -155,7 +155,7 @@ class ModelCase:
             yield from self.training(f"loss{i}", train)
 
     def embeddings(self, seen: dict[str, Any]) -> Iterator[Check]:
-        """Feature map, its mask, position embedding and the reference points."""
+        """Compares feature map, mask, position embedding and reference points."""
         case = self.case
         feature = seen["features"]["res5"]
         yield Check("feature", feature, case["feature"], LAYERS * self.deep, LAYERS * self.deep)
@@ -178,7 +178,7 @@ class ModelCase:
             yield Check("reference_logits", points.logit(), logits, LAYERS, LAYERS)
 
     def training(self, name: str, train: dict[str, Any]) -> Iterator[Check]:
-        """Matches, losses and gradients of one set of targets."""
+        """Compares matches, losses and gradients for one set of targets."""
         targets = targets_of(train["targets"], self.sizes.whwh)
         self.model.zero_grad(set_to_none=True)
         predictions, _ = self.predict()
@@ -206,13 +206,13 @@ class ModelCase:
                     f"{name}.grad_norm.{key}", ours[key].norm(), norm, atol, GRAD * self.deep
                 )
         for key, grad in train["grads"].items():
-            # Small entries of a large gradient carry the rounding of the large ones.
+            # Small entries of a large gradient have the rounding error of the large ones.
             atol = GRAD * self.deep * float(grad.abs().max()) + 1e-6
             yield Check(f"{name}.grad.{key}", ours[key], grad, atol, GRAD * self.deep)
 
 
 def configure(case: dict[str, Any], conditional: bool) -> CfgNode:
-    """The library's configuration with the sizes of a case."""
+    """Returns our configuration with the sizes of a case."""
     sizes = case["config"]
     cfg = get_asag_cfg()
     d = cfg.MODEL.DECODER
@@ -235,14 +235,14 @@ def configure(case: dict[str, Any], conditional: bool) -> CfgNode:
 
 
 def depth_of(blocks: list[int]) -> int:
-    """Depth of the ResNet with these numbers of blocks."""
+    """Returns the depth of the ResNet with these numbers of blocks."""
     if tuple(blocks) not in DEPTHS:
         raise UnknownCase(f"no ResNet has {list(blocks)} blocks")
     return DEPTHS[tuple(blocks)]
 
 
-def build_rooms(cfg: CfgNode, case: dict[str, Any]) -> nn.Module:
-    """Backbone (where the case has one), neck, proposal generator and heads."""
+def build_components(cfg: CfgNode, case: dict[str, Any]) -> nn.Module:
+    """Builds backbone (if the case has one), neck, proposal generator and heads."""
     model = nn.Module()
     shapes = {"res5": ShapeSpec(channels=case["config"]["in_channels"], stride=32)}
     if "images_uint8_rgb" in case:
@@ -257,7 +257,7 @@ def build_rooms(cfg: CfgNode, case: dict[str, Any]) -> nn.Module:
 
 
 def sizes_of_mask(padding: Tensor, dtype: torch.dtype) -> ImageSizes:
-    """Sizes of images whose padding (B, H, W) is True at the right and bottom.
+    """Returns the sizes of images whose padding mask (B, H, W) is True at the right and bottom.
 
     Raises:
         UnknownCase: the padding is not of that form.
@@ -270,7 +270,7 @@ def sizes_of_mask(padding: Tensor, dtype: torch.dtype) -> ImageSizes:
 
 
 def targets_of(targets: list[dict[str, Tensor]], whwh: Tensor) -> Targets:
-    """Normalized cxcywh boxes to padded pixel targets."""
+    """Converts normalized cxcywh boxes to padded pixel targets."""
     boxes = [
         cxcywh_to_xyxy(x["boxes"].to(whwh.dtype)) * size
         for x, size in zip(targets, whwh, strict=True)
@@ -279,7 +279,7 @@ def targets_of(targets: list[dict[str, Tensor]], whwh: Tensor) -> Targets:
 
 
 def assignment_of(indices: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
-    """(B, N) of one (queries, objects) pair an image."""
+    """Returns the assignment (B, N) for one pair (queries, objects) of each image."""
     expected = torch.full_like(like, -1)
     for b, (queries, objects) in enumerate(indices):
         expected[b, queries] = objects
@@ -289,7 +289,7 @@ def assignment_of(indices: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
 def matcher_and_criterion(
     weights: list[float], conditional: bool
 ) -> tuple[HungarianMatcher, SetCriterion]:
-    """With the weights of class, L1 and GIoU for both."""
+    """Builds matcher and criterion with the same weights of class, L1 and GIoU."""
     kind = "focal" if conditional else "softmax"
     cost = MatchingCost(*weights, class_cost=kind, box_format="cxcywh")
     class_weight, l1_weight, giou_weight = weights
@@ -310,14 +310,14 @@ def loss_checks(
     weights: dict[str, float],
     rtol: float,
 ) -> Iterator[Check]:
-    """Unweighted losses and their weighted sum; what is only logged has no weight."""
+    """Compares unweighted losses and their weighted sum; logged values have no weight."""
     for key, weight in weights.items():
         yield Check(f"{name}.{key}", losses[key] / weight, train["losses"][key], 1e-6, rtol)
     yield Check(f"{name}.total", sum(losses.values()), train["total_weighted"], 1e-6, rtol)
 
 
 def component_checks(case: dict[str, Any]) -> Iterator[Check]:
-    """Embeddings, mask resize, postprocessing, matching and losses by themselves."""
+    """Compares embeddings, mask resize, postprocessing, matching and losses separately."""
     for i, x in enumerate(case.get("position_embedding", [])):
         expected = x["embedding"]
         actual = embed_cells(~x["mask"], x["hidden"], expected.dtype)
@@ -337,7 +337,7 @@ def component_checks(case: dict[str, Any]) -> Iterator[Check]:
     if "inverse_sigmoid" in case:
         x = case["inverse_sigmoid"]
         yield Check("inverse_sigmoid", inverse_sigmoid(x["x"]), x["y"], EXACT)
-    # Softmax heads have a background column, which the cases of focal loss lack.
+    # Softmax heads have a background column, focal loss has none.
     if "postprocess" in case:
         yield from postprocess_checks(case["postprocess"], is_focal(case))
     for i, x in enumerate(case.get("matching", [])):
@@ -345,9 +345,9 @@ def component_checks(case: dict[str, Any]) -> Iterator[Check]:
 
 
 def is_focal(case: dict[str, Any]) -> bool:
-    """Whether a component file belongs to Conditional DETR.
+    """Returns True if a component file belongs to Conditional DETR.
 
-    Its postprocessing may give a query several times; DETR's gives each one once.
+    Its postprocessing may return a query several times; that of DETR returns each one once.
     """
     x = case["postprocess"]
     queries, columns = x["pred_logits"].shape[1:]
@@ -359,7 +359,7 @@ def is_focal(case: dict[str, Any]) -> bool:
 
 
 def postprocess_checks(x: dict[str, Any], focal: bool) -> Iterator[Check]:
-    """Detections of each image, in falling order of score."""
+    """Compares the detections of each image in descending order of score."""
     hw = [tuple(size) for size in x["target_sizes_hw"].tolist()]
     sizes = ImageSizes.from_hw(hw, dtype=x["pred_boxes"].dtype)
     predictions = Predictions(
@@ -379,14 +379,14 @@ def postprocess_checks(x: dict[str, Any], focal: bool) -> Iterator[Check]:
 
 
 def matching_checks(name: str, x: dict[str, Any]) -> Iterator[Check]:
-    """Pairs, losses, and gradients with respect to logits and boxes."""
+    """Compares pairs, losses, and gradients with respect to logits and boxes."""
     focal = x["pred_logits"].shape[-1] == x["num_classes"]
     weights = [float(x["loss_weights"][f"loss_{k}"]) for k in ("ce", "bbox", "giou")]
     matcher, criterion = matcher_and_criterion(weights, focal)
     logits = x["pred_logits"].clone().requires_grad_()
     boxes = x["pred_boxes"].clone().requires_grad_()
     batch, queries = logits.shape[:2]
-    # Any size will do: losses are taken in shares of it.
+    # Any size is valid, because losses are normalized by it.
     whwh = torch.tensor([[640.0, 480.0, 640.0, 480.0]], dtype=boxes.dtype).expand(batch, 4)
     predictions = Predictions(
         logits[None],

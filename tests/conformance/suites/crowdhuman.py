@@ -1,4 +1,4 @@
-"""CrowdHuman metrics against figures of the benchmark's published evaluation."""
+"""CrowdHuman metrics compared with figures of the benchmark's published evaluation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEYS = {
 
 
 def verify(path: Path) -> Checks:
-    """Compares AP, mMR, Recall and, where the file has them, the counts of one json file.
+    """Compares AP, mMR, Recall and, if present, the counts of one json file.
 
     Raises:
         UnknownCase: the file is not JSON or lacks a key.
@@ -39,7 +39,7 @@ def verify(path: Path) -> Checks:
 
 
 def _load(path: Path) -> dict:
-    """The parsed file, once its keys say that it is a case of this suite."""
+    """Parses the file; its keys must be those of this suite."""
     try:
         case = json.loads(path.read_bytes())
     except ValueError as error:

@@ -24,12 +24,12 @@ from .refinement import FEATURES, GRAD, RefinementCase, load_case
 SUITE = "iou_sparse_rcnn"
 
 PREFIX, OUR_PREFIX = "head.head_series.0.", "roi_heads.stages.0."
-EXACT = 1e-5  # one module by itself, float32
+EXACT = 1e-5  # a single module, float32
 BIG_LOGITS = 1e-3  # scores of several hundred, float32, relative
 
 
 def verify(path: Path) -> Iterator[Check]:
-    """Checks one file of the suite; raises UnknownCase for a file that is none of its cases."""
+    """Yields the comparisons of one file; raises UnknownCase if it is no case of this suite."""
     case = torch.load(path, weights_only=True) if path.suffix == ".pt" else {}
     if not isinstance(case, dict):
         raise UnknownCase("is not a dict of tensors")
@@ -42,7 +42,7 @@ def verify(path: Path) -> Iterator[Check]:
 
 
 def make_stage(config: dict[str, Any]) -> DynamicConvStage:
-    """One stage with the sizes of a case."""
+    """Builds a stage with the sizes of a case."""
     return DynamicConvStage(
         attention=IoUEnhancedSelfAttention(
             dim=config["hidden_dim"], num_heads=config["nheads"], dropout=config["dropout"]
@@ -57,7 +57,7 @@ def make_stage(config: dict[str, Any]) -> DynamicConvStage:
 
 
 def make_interaction(config: dict[str, Any], *, ffn_dim: int) -> ChannelWeightedInteraction:
-    """Dynamic convolution and the two task paths with the sizes of a case."""
+    """Builds dynamic convolution and the two task paths with the sizes of a case."""
     return ChannelWeightedInteraction(
         dim=config["hidden_dim"],
         dynamic_dim=config["dim_dynamic"],
@@ -68,7 +68,7 @@ def make_interaction(config: dict[str, Any], *, ffn_dim: int) -> ChannelWeighted
 
 
 def load_part(module: nn.Module, part: str, weights: dict[str, Tensor], theirs: str) -> list[str]:
-    """Loads published weights of one part of a stage; returns names that the case leaves out."""
+    """Loads published weights of one part of a stage; returns the names missing in the case."""
     ours = IOU_SPARSE_RCNN.to_ours({f"{PREFIX}{theirs}{k}": v for k, v in weights.items()})
     state = {k.removeprefix(f"{OUR_PREFIX}{part}."): v for k, v in ours.items()}
     missing, unexpected = module.load_state_dict(state, strict=False)
@@ -78,7 +78,7 @@ def load_part(module: nn.Module, part: str, weights: dict[str, Tensor], theirs: 
 
 
 def part_gradients(module: nn.Module, part: str, theirs: str) -> dict[str, Tensor]:
-    """Gradients of one part of a stage under their published names."""
+    """Returns the gradients of one part of a stage under their published names."""
     ours = {f"{OUR_PREFIX}{part}.{k}": p.grad for k, p in module.named_parameters()}
     return {
         k.removeprefix(f"{PREFIX}{theirs}"): v for k, v in IOU_SPARSE_RCNN.to_theirs(ours).items()
@@ -86,7 +86,7 @@ def part_gradients(module: nn.Module, part: str, theirs: str) -> dict[str, Tenso
 
 
 def verify_attention(case: dict[str, Any]) -> Iterator[Check]:
-    """IoU matrix, weights, output and gradients of the attention, by its definition and fused."""
+    """Compares IoU matrix, weights, output and gradients of both forms of the attention."""
     config, boxes = case["config"], case["boxes_xyxy"]
     attention = IoUEnhancedSelfAttention(dim=config["d_model"], num_heads=config["nhead"])
     missing = load_part(attention, "attention", case["weights"], "self_attn.")
@@ -96,7 +96,7 @@ def verify_attention(case: dict[str, Any]) -> Iterator[Check]:
     for name, learned in (("defined", True), ("fused", False)):
         query = case["query_LBE"].transpose(0, 1).clone().requires_grad_()
         attention.zero_grad(set_to_none=True)
-        # Boxes that need a gradient choose the form in which they get one.
+        # Boxes that require a gradient select the explicit form.
         output = attention(query, boxes.clone().requires_grad_(learned), None).transpose(0, 1)
         yield Check(f"{name}.output", output, case["output_LBE"], EXACT)
         yield Check(f"{name}.output_f64", output, case["output_LBE_f64"], EXACT)
@@ -121,13 +121,13 @@ def verify_attention(case: dict[str, Any]) -> Iterator[Check]:
 def attention_weights(
     attention: IoUEnhancedSelfAttention, query: Tensor, boxes_xyxy: Tensor
 ) -> Tensor:
-    """(B, H, N, N) weights of Eq. 3."""
+    """Computes the weights (B, H, N, N) of Eq. 3."""
     q, k, _ = attention.project(query)
     return iou_weighted_softmax(attention.scores(q, k), iou_prior(boxes_xyxy))
 
 
 def verify_channel_weighting(case: dict[str, Any]) -> Iterator[Check]:
-    """Channel masks and object features of both tasks, forward and backward."""
+    """Compares channel masks and object features of both tasks, forward and backward."""
     module = make_interaction(case["config"], ffn_dim=8)
     load_part(module, "interaction", case["weights"], "inst_interact.")
     query = case["pro_features_1MD"].clone().requires_grad_()

@@ -22,7 +22,7 @@ from asag.structures import Predictions, Targets
 from .common import Check, UnknownCase
 
 SUITE = "ota"
-AGREEMENT = 0.95  # share of columns in which Sinkhorn must equal the optimum
+AGREEMENT = 0.95  # fraction of columns in which Sinkhorn must equal the optimum
 COST_EXCESS = 0.02  # relative, of the total cost with the background row
 SOLVERS = {"exact": exact_transport, "sinkhorn": SinkhornTransport()}
 
@@ -54,7 +54,7 @@ def verify(path: Path) -> Iterator[Check]:
 
 
 def _solve(solver: str, cost: Tensor, supply: Tensor) -> Tensor:
-    """Labels (N,) of one stored problem, M for background."""
+    """Returns the labels (N,) of one stored problem, M for background."""
     reduced = (cost[:-1] - cost[-1:]).double()[None]
     valid = torch.ones(1, cost.shape[1], dtype=torch.bool)
     labels = SOLVERS[solver](reduced, supply[None, :-1], valid).assignment[0]

@@ -1,4 +1,4 @@
-"""Running a reference case of the Sparse R-CNN family: proposals, stages, matching, losses.
+"""Execution of a case of the Sparse R-CNN family: proposals, stages, matching, losses.
 
 B images, N queries, S stages, K classes, M padded ground truths.
 """
@@ -30,7 +30,7 @@ LOSS = GRAD = 1e-3  # relative tolerances
 
 
 class RefinementCase:
-    """Our modules with a case's weights, and what they answer to the case's features."""
+    """Our modules with the weights of a case, and their output for its features."""
 
     def __init__(
         self, case: dict[str, Any], names: NameTable, make_stage: Callable[[dict], DynamicConvStage]
@@ -75,7 +75,7 @@ class RefinementCase:
         )
 
     def predict(self) -> tuple[Predictions, dict[str, list[Tensor]]]:
-        """Predictions, and what entered and left each stage."""
+        """Returns predictions, and inputs and outputs of each stage."""
         seen: dict[str, list[Tensor]] = {"boxes": [], "roi": [], "content": []}
 
         def record(_: nn.Module, args: tuple, output: tuple) -> None:
@@ -92,7 +92,7 @@ class RefinementCase:
                 hook.remove()
 
     def checks(self) -> Iterator[Check]:
-        """Every tensor of the case."""
+        """Compares every tensor of the case."""
         case = self.case
         with torch.no_grad():
             predictions, seen = self.predict()
@@ -114,13 +114,13 @@ class RefinementCase:
             yield from self.training(name, train)
 
     def detections(self, predictions: Predictions) -> Iterator[Check]:
-        """Detections before and after rescaling to the wanted size."""
+        """Compares detections before and after rescaling to the requested size."""
         found = select_detections(
             predictions, self.sizes.hw, top_k=self.case["config"]["num_proposals"]
         )
         for b, raw in enumerate(found):
             height, width = self.case["postprocess_hw"][b].tolist()
-            # Rescaling works in place.
+            # Rescaling modifies its input.
             final = detector_postprocess(copy.deepcopy(raw), height, width)
             for key, ours in (("inference", raw), ("inference_postprocessed", final)):
                 expected = self.case[key][b]
@@ -130,7 +130,7 @@ class RefinementCase:
                 yield Check(f"{key}.{b}.classes", ours.pred_classes, expected["classes"], 0)
 
     def training(self, name: str, train: dict[str, Any]) -> Iterator[Check]:
-        """Matches, losses and gradients of one set of targets."""
+        """Compares matches, losses and gradients for one set of targets."""
         targets = Targets.from_lists(
             [x["boxes_xyxy"] for x in train["targets"]],
             [x["labels"] for x in train["targets"]],
@@ -157,7 +157,7 @@ class RefinementCase:
             yield from self.gradients(name, train)
 
     def gradients(self, name: str, train: dict[str, Any]) -> Iterator[Check]:
-        """Norms of all gradients, and the gradients themselves where the case has them."""
+        """Compares the norms of all gradients, and the gradients that the case contains."""
         ours = self.names.to_theirs(
             {k: p.grad for k, p in self.model.named_parameters() if p.grad is not None}
         )
@@ -165,7 +165,7 @@ class RefinementCase:
             actual = ours[key].norm() if key in ours else float("nan")
             yield Check(f"{name}.grad_norm.{key}", actual, norm, 1e-6, GRAD)
         for key, grad in train.get("grads", {}).items():
-            # Small entries of a large gradient carry the rounding of the large ones.
+            # Small entries of a large gradient have the rounding error of the large ones.
             atol = GRAD * float(grad.abs().max()) + 1e-7
             actual = ours.get(key, torch.full_like(grad, float("nan")))
             yield Check(f"{name}.grad.{key}", actual, grad, atol, GRAD)
@@ -192,7 +192,7 @@ def load_case(path: Path) -> dict[str, Any]:
 def module_gradients(
     module: nn.Module, names: dict[str, str], expected: dict[str, Tensor]
 ) -> Iterator[Check]:
-    """Gradients of a single module's parameters; `names` translates published names to ours."""
+    """Compares the gradients of one module; `names` translates published names to ours."""
     parameters = dict(module.named_parameters())
     for key, grad in expected.items():
         atol = GRAD * float(grad.abs().max()) + 1e-7

@@ -1,4 +1,4 @@
-"""Reference cases of Sparse R-CNN: the whole head, and the dynamic convolution by itself."""
+"""Reference cases of Sparse R-CNN: the whole head, and the dynamic convolution alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUITE = "sparse_rcnn"
 
 
 def verify(path: Path) -> Iterator[Check]:
-    """Checks one file of the suite; raises UnknownCase for a file that is none of its cases."""
+    """Yields the comparisons of one file; raises UnknownCase if it is no case of this suite."""
     case = torch.load(path, weights_only=True) if path.suffix == ".pt" else {}
     if not isinstance(case, dict):
         raise UnknownCase("is not a dict of tensors")
@@ -36,7 +36,7 @@ def verify(path: Path) -> Iterator[Check]:
 
 
 def make_stage(config: dict[str, Any]) -> DynamicConvStage:
-    """One stage with the sizes of a case."""
+    """Builds a stage with the sizes of a case."""
     return DynamicConvStage(
         attention=SelfAttention(
             dim=config["hidden_dim"], num_heads=config["nheads"], dropout=config["dropout"]
@@ -57,7 +57,7 @@ def make_stage(config: dict[str, Any]) -> DynamicConvStage:
 
 
 def verify_dynamic_conv(case: dict[str, Any]) -> Iterator[Check]:
-    """Dynamic convolution and projection, forward and backward."""
+    """Compares dynamic convolution and projection, forward and backward."""
     config = case["config"]
     conv = DynamicConv(dim=config["hidden_dim"], dynamic_dim=config["dim_dynamic"])
     project = RoIProjection(
