@@ -28,7 +28,7 @@ from asag.export import (
     generated_pictures,
     read_pictures,
 )
-from asag.export.check import Found, compare
+from asag.export.check import ImageDetections, compare
 from asag.export.onnx_file import PACKAGES, require_packages
 from asag.export.suppression import keep_best
 from asag.modeling.layers.position_encoding import FeaturePositions
@@ -249,7 +249,7 @@ def tampered(path: Path) -> bytes:
     [
         (("--size", "60", "96"), "multiples of 32, got 60 96; the nearest are 64 96"),
         (("--size", "64", "96", "--weights", "absent.pth"), "no weights file absent.pth"),
-        (("--size", "64", "96", "--images", "absent"), "no pictures in absent"),
+        (("--size", "64", "96", "--images", "absent"), "no images in absent"),
         (("--size", "64", "96", "--box-tolerance", "0"), "tolerances must be positive"),
     ],
 )
@@ -285,7 +285,7 @@ def test_a_file_that_is_no_model_is_named(exported, tmp_path):
     broken.write_bytes(b"no model")
     with pytest.raises(ExportError, match=r"cannot run .*broken\.onnx"):
         check_onnx(broken, exported[0], generated_pictures(SIZE, scenes=0))
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         check_onnx(broken, exported[0], {})
 
 
@@ -333,10 +333,10 @@ def test_static_suppression_is_greedy_suppression(seed, count, threshold):
         assert kept[b].nonzero()[:, 0].tolist() == sorted(expected.tolist())
 
 
-def found(*rows: tuple[float, ...]) -> Found:
+def found(*rows: tuple[float, ...]) -> ImageDetections:
     """Rows of score, label and box."""
     table = np.array(rows, dtype=np.float32).reshape(-1, 6)
-    return Found(table[:, 2:], table[:, 0], table[:, 1].astype(np.int64))
+    return ImageDetections(table[:, 2:], table[:, 0], table[:, 1].astype(np.int64))
 
 
 A, B, C = (0.9, 0, 0, 0, 9, 9), (0.5, 1, 2, 2, 8, 8), (0.5, 2, 20, 20, 30, 30)

@@ -464,5 +464,5 @@ class TestUsage:
 
     def test_help_shows_every_option_and_examples(self, demo):
         text = demo.build_parser().format_help()
-        for word in ("--webcam", "--opts", "--json", "--batch-size", "examples:", "exit status"):
+        for word in ("--webcam", "--opts", "--json", "--batch-size", "examples:", "exit code"):
             assert word in text

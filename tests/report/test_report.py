@@ -31,7 +31,7 @@ from asag.report.html import Html, table, tag
 from asag.report.image_errors import (
     IGNORED,
     RIGHT,
-    Found,
+    ImageDetections,
     ImageErrors,
     best_and_worst,
     count_errors,
@@ -518,7 +518,7 @@ def arrays(content, results):
         boxes = np.array([x["bbox"] for x in rows]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         labels = np.array([x["category_id"] for x in rows], dtype=np.int64)
-        founds.append(Found(boxes, labels, np.array([x["score"] for x in rows])))
+        founds.append(ImageDetections(boxes, labels, np.array([x["score"] for x in rows])))
     return gts, founds
 
 
@@ -548,7 +548,7 @@ def scene(gt_xyxy, found_xyxy, scores):
     found = np.array(found_xyxy, dtype=float).reshape(-1, 4)
     m, n = len(gt), len(found)
     return (
-        Found(found, np.zeros(n, dtype=np.int64), np.array(scores, dtype=float)),
+        ImageDetections(found, np.zeros(n, dtype=np.int64), np.array(scores, dtype=float)),
         GroundTruth(gt, np.zeros(m, dtype=np.int64), np.zeros(m, dtype=bool)),
     )
 
