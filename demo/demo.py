@@ -103,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
         "output/demo, or nothing drawn when only --json is given",
     )
     add("--json", type=Path, metavar="FILE", help="write the detections into this file")
-    add("--threshold", type=float, default=0.3, help="least score of a detection (default 0.3)")
+    add("--threshold", type=float, default=0.3, help="minimum score of a detection (default 0.3)")
     add("--batch-size", type=int, default=4, help="images of a forward pass (default 4)")
     add("--max-frames", type=int, metavar="N", help="stop videos and the camera after N frames")
     add("--device", help="cuda, cuda:1, cpu, ...; default: MODEL.DEVICE, cpu where there is no GPU")

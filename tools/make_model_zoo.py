@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--recount", action="store_true", help="count unchanged models as well")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="reference tensors to compare")
-    parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, list what is stale")
     options = parser.parse_args(arguments)
     old = read(FIGURES.name)
     if options.check:

@@ -135,7 +135,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("anchors", "maps", "statistics"):
         command = commands.add_parser(name)
         if name == "statistics":
-            command.add_argument("--images", type=int, default=500, help="the first so many")
+            command.add_argument("--images", type=int, default=500, help="number of images")
         else:
             command.add_argument("--image", type=int, nargs="+", default=[0, 1, 2], help="indices")
         command.add_argument("--threshold", type=float, default=0.3, help="score of a detection")
