@@ -172,9 +172,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--objects", type=int, default=7, help="objects an image, or their mean")
     parser.add_argument("--counts", choices=("coco", "fixed"), default="coco")
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument(
-        "--plain-iterations", type=int, default=50, help="of the per-image Sinkhorn arm"
-    )
+    parser.add_argument("--plain-iterations", type=int, default=50, help="of per-image Sinkhorn")
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of every arm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
