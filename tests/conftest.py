@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,3 +46,13 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield made
         made.shutdown()
         thread.join()
+
+
+@pytest.fixture(autouse=True)
+def _no_stale_log_handlers() -> None:
+    """Removes log handlers of earlier tests whose captured streams are closed by now."""
+    for name in ("", "asag", "detectron2", "fvcore"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            if getattr(getattr(handler, "stream", None), "closed", False):
+                logger.removeHandler(handler)

@@ -425,7 +425,7 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "nothing to do"),
+            ([], "there is no input"),
             (["a.png", "--max-frames", "0"], "--max-frames is 0"),
             (["a.png", "--batch-size", "0"], "batch_size is 0"),
             (["a.png", "--device", "gpu"], "device gpu"),

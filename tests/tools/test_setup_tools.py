@@ -255,7 +255,7 @@ def test_contradicting_demands_end_with_their_names(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(collect_wheels, "ROOT", tmp_path)
     (tmp_path / "requirements.txt").write_text("top==1.0\n")
-    with pytest.raises(collect_wheels.WheelhouseError, match=r"do not come together: top==1\.0"):
+    with pytest.raises(collect_wheels.WheelhouseError, match=r"contradict each other: top==1\.0"):
         collect_wheels.collect(tmp_path, "3.12", "x86_64", {"detectron2"})
 
 
