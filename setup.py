@@ -11,7 +11,14 @@ README = ROOT / "README.md"
 
 
 # What the console script runs, see asag/cli.py.
-COMMANDS = ("train_net.py", "demo/demo.py", "tools/export.py", "tools/report.py", "tools/doctor.py")
+COMMANDS = (
+    "train_net.py",
+    "demo/demo.py",
+    "demo/output_files.py",
+    "tools/export.py",
+    "tools/report.py",
+    "tools/doctor.py",
+)
 
 
 class BuildWithConfigs(build_py):

@@ -34,12 +34,14 @@ def main() -> int:
 
     look(options.output / "photographs")
 
+    from asag.cli import load_command
     from asag.visualization.curves import plot_curves
-    from train_net import main as train
 
     start = time.perf_counter()
     arguments = ["--config-file", options.config_file, "--num-gpus", "1", "--resume"]
-    status = train([*arguments, "OUTPUT_DIR", str(options.output), *options.opts])
+    status = load_command("train_net.py").main(
+        [*arguments, "OUTPUT_DIR", str(options.output), *options.opts]
+    )
     if status:
         return status
     metrics = options.output / "metrics.json"

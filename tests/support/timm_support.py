@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from asag.modeling.backbone import TimmBackbone
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EFFICIENTNET, CONVNEXT, RESNET = "test_efficientnet", "test_convnext", "test_resnet"
 LITE = "tf_efficientnet_lite0"  # padded as TensorFlow does it
 TINY = (EFFICIENTNET, CONVNEXT, RESNET)
