@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Detects in photographs with a packaged model, then trains a detector on generated images.
 
-The trained detector is evaluated, and its predictions are drawn. The job takes less than ten minutes
-on two CPU cores. The photographs come with installed packages. An interrupted job is resumed, a
+The trained detector is evaluated, and its predictions are drawn. The job takes less than ten
+minutes on two CPU cores. The photographs come with installed packages. An interrupted job is resumed, a
 finished one is evaluated again. Results are written to `output/demo`.
 """
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="configuration overrides")
     options = parser.parse_args()
 
-    look(options.output / "photographs")
+    detect_photographs(options.output / "photographs")
 
     from asag.cli import load_command
     from asag.visualization.curves import plot_curves
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def photographs() -> list[Path]:
-    """Those of the packages that are installed, which are not imported."""
+    """Finds the photographs of installed packages without importing them."""
     found = []
     for package, names in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(package)
@@ -75,20 +75,20 @@ def photographs() -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def look(folder: Path) -> list[Path]:
-    """Detects in the photographs, and says what was seen and where it is drawn.
+def detect_photographs(folder: Path) -> list[Path]:
+    """Detects objects in the photographs, draws them, and prints the detections.
 
     Args:
-        folder: for the drawn pictures.
+        folder: for the drawn images.
 
     Returns:
-        The drawn pictures.
+        Paths of the drawn images.
     """
     from asag import Detector
 
     pictures = photographs()
     if not pictures:
-        print("No installed package brings photographs: pip install matplotlib scikit-image")
+        print("No installed package has photographs: pip install matplotlib scikit-image")
         return []
     folder.mkdir(parents=True, exist_ok=True)
     detector = Detector.from_pretrained()

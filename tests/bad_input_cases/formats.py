@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from asag.data import register_dataset
-
 import numpy as np
 from PIL import Image
+
+from asag.data import register_dataset
 
 from .common import Case, expect
 
@@ -30,7 +30,7 @@ Files = Mapping[str, str | bytes]
 
 
 def cases(seed: int) -> list[Case]:
-    """All of them; there is nothing to draw."""
+    """Returns all cases; the seed is not used."""
     return [*_voc(), *_yolo(), *_descriptions(), *_archives(), *_unknown(), *_columns()]
 
 
@@ -74,7 +74,7 @@ def _case(
 
 
 def _voc_files(**changes: str | bytes) -> dict[str, str | bytes]:
-    """Four images; `changes` replaces the XML of image 2."""
+    """Returns the files of four images; `changes` replaces the XML of image 2."""
     files: dict[str, str | bytes] = {}
     for number in range(4):
         files[f"images/{number}.png"] = b""
@@ -130,7 +130,7 @@ def _voc() -> Iterator[Case]:
 
 
 def _yolo_files(**changes: str | bytes) -> dict[str, str | bytes]:
-    """Two images a split; `changes` replaces data.yaml and the text of the first image."""
+    """Returns the files of two images for each split; `changes` replaces data.yaml and the text of the first image."""
     files: dict[str, str | bytes] = {"data.yaml": changes.get("yaml", YAML)}
     for split in ("train", "val"):
         for number in range(2):
@@ -283,7 +283,7 @@ def _unknown() -> Iterator[Case]:
 
 
 def _coco(change: Callable[[dict[str, Any]], None]) -> dict[str, str | bytes]:
-    """Twelve boxes of two classes in six images, changed."""
+    """Returns a changed file with twelve boxes of two classes in six images."""
     rng = np.random.default_rng(0)
     images = [
         {"id": i, "file_name": f"{i}.png", "height": HEIGHT, "width": WIDTH}

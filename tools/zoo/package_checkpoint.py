@@ -27,7 +27,7 @@ from typing import Any
 
 from asag.checkpoint.loading import load_weights
 from asag.config.loading import differences, find_config, load_config
-from asag.data import register_coco_folder
+from asag.data import register_dataset
 from asag.engine.trainer import Trainer
 from asag.evaluation.coco import RESULTS_FILE, ap50_by_class, evaluate_boxes
 from asag.files import atomic_writer
@@ -106,7 +106,7 @@ def package(args: argparse.Namespace) -> dict[str, Any]:
         fixed = ["OUTPUT_DIR", scratch, "MODEL.DEVICE", "cpu"]
         cfg = load_config(str(recipe_file), [*options, *fixed])
         if args.data:
-            cfg.DATASETS.TEST = (register_coco_folder(args.data, output_dir=scratch).val,)
+            cfg.DATASETS.TEST = (register_dataset(args.data, output_dir=scratch).val,)
         evaluation = evaluate(cfg, candidate)
     with atomic_writer(target, "wb") as file:
         torch.save(stripped, file)

@@ -1,4 +1,4 @@
-"""Reference cases of MMDetection: a published-form checkpoint, and what the whole detector answers.
+"""Reference cases of MMDetection: a published checkpoint, and the output of the whole detector.
 
 A case is a file `<case>_ref.pt` with images and expected outputs and, beside it, `<case>.pth`, the
 checkpoint; further files `<case>_*.pth` hold the same weights under other names. Sizes are read
@@ -14,18 +14,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from asag import get_asag_cfg
-from asag.checkpoint.loading import load_weights
-from asag.checkpoint.reading import read_checkpoint
-from asag.modeling.layers.boxes import xyxy_to_cxcywh
-from asag.structures import ImageSizes, Predictions
-
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+
+from asag import get_asag_cfg
+from asag.checkpoint.loading import load_weights
+from asag.checkpoint.reading import read_checkpoint
+from asag.modeling.layers.boxes import xyxy_to_cxcywh
+from asag.structures import ImageSizes, Predictions
 
 from .common import Check, MissingCheckpoint, UnknownCase
 
@@ -39,7 +39,7 @@ DEFAULT_HEADS = 8
 
 
 def claims(path: Path) -> bool:
-    """Whether a folder that names no suite holds cases of this one."""
+    """Returns True for a case of this suite in a folder that names no suite."""
     return any(path.parent.glob(f"*{REFERENCE}"))
 
 
@@ -66,7 +66,7 @@ def verify(path: Path) -> Iterator[Check]:
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """Files with the weights of a case: of its name, or of a longer one that is no case itself."""
+    """Finds the checkpoints of a case: files whose names start with its name."""
     name = path.name.removesuffix(REFERENCE)
     longer = sorted(path.parent.glob(f"{name}_*.pth"))
     return [
@@ -77,7 +77,7 @@ def checkpoints(path: Path) -> list[Path]:
 
 
 def verify_checkpoint(case: Mapping[str, Any], file: Path) -> Iterator[Check]:
-    """Stage logits, stage boxes and detections of every run of a case."""
+    """Compares logits and boxes of the stages, and detections, for every run of a case."""
     model = build(case, file)
     images = [x.permute(2, 0, 1) for x in case["images"]]
     for run, expected in case["runs"].items():
@@ -128,7 +128,7 @@ def verify_run(
 
 
 def stage_boxes(predictions: Predictions, sizes: ImageSizes, pixels: bool) -> Tensor:
-    """(S, B, N, 4) as the cases keep them: xyxy in pixels, or cxcywh in shares of the image."""
+    """Returns (S, B, N, 4) in the form of the case: xyxy in pixels, or normalized cxcywh."""
     if pixels:
         return predictions.boxes_xyxy
     return xyxy_to_cxcywh(predictions.boxes_xyxy / sizes.whwh[:, None])
@@ -137,7 +137,7 @@ def stage_boxes(predictions: Predictions, sizes: ImageSizes, pixels: bool) -> Te
 def detection_checks(
     name: str, found: Instances, wanted: Mapping[str, Tensor], scores: float, boxes: float
 ) -> Iterator[Check]:
-    """Detections as sets: neighbors in score may have changed places."""
+    """Compares detections as sets, since those of similar scores may be swapped."""
     number = len(wanted["scores"])
     yield Check(f"{name}.number", float(len(found)), float(number), 0)
     if len(found) != number:
@@ -158,7 +158,7 @@ def detection_checks(
 
 
 def build(case: Mapping[str, Any], file: Path) -> nn.Module:
-    """A model of the sizes of a checkpoint, with its weights."""
+    """Builds a model with the sizes and weights of a checkpoint."""
     shapes = {name: tuple(x.shape) for name, x in read_checkpoint(file)["model"].items()}
     cfg = get_asag_cfg()
     cfg.MODEL.DEVICE = "cpu"
@@ -176,7 +176,7 @@ def build(case: Mapping[str, Any], file: Path) -> nn.Module:
 
 
 def count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
-    """How many names a pattern with a running number has."""
+    """Counts the names of a pattern with a running number."""
     number = 0
     while pattern.format(number) in shapes:
         number += 1
@@ -184,7 +184,7 @@ def count(shapes: Mapping[str, tuple[int, ...]], pattern: str) -> int:
 
 
 def configure_sparse_rcnn(cfg: CfgNode, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Sizes of Sparse R-CNN."""
+    """Sets the sizes of Sparse R-CNN."""
     head = "roi_head.bbox_head.0."
     queries, dim = shapes["rpn_head.init_proposal_features.weight"]
     model, decoder = cfg.MODEL, cfg.MODEL.DECODER
@@ -208,7 +208,7 @@ def configure_sparse_rcnn(cfg: CfgNode, shapes: Mapping[str, tuple[int, ...]]) -
 
 
 def configure_detr(cfg: CfgNode, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Sizes of DETR, under the names of any version."""
+    """Sets the sizes of DETR from the names of any version."""
     _configure_transformer(cfg, shapes)
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.ROI_HEADS.NAME = "DETR", "DETRHeads"
     cfg.MODEL.CRITERION.CLASS_LOSS = "softmax"
@@ -216,7 +216,7 @@ def configure_detr(cfg: CfgNode, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def configure_conditional_detr(cfg: CfgNode, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Sizes of Conditional DETR."""
+    """Sets the sizes of Conditional DETR."""
     _configure_transformer(cfg, shapes)
     cfg.MODEL.META_ARCHITECTURE = "ConditionalDETR"
     cfg.MODEL.ROI_HEADS.NAME = "ConditionalDETRHeads"

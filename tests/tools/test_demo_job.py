@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-
 import demo_job
+from PIL import Image
 
 
 def test_photographs_come_with_installed_packages():
@@ -18,7 +12,7 @@ def test_photographs_come_with_installed_packages():
 
 
 def test_people_and_animals_are_detected(tmp_path, capsys):
-    drawn = demo_job.look(tmp_path / "photographs")
+    drawn = demo_job.detect_photographs(tmp_path / "photographs")
     assert [path.stem for path in drawn] == [path.stem for path in demo_job.photographs()]
     assert all(Image.open(path).size > (0, 0) for path in drawn)
     lines = {line.partition(":")[0]: line for line in capsys.readouterr().out.splitlines()}
@@ -29,6 +23,6 @@ def test_people_and_animals_are_detected(tmp_path, capsys):
 
 def test_without_photographs_the_demonstration_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_job, "PHOTOGRAPHS", {"no_such_package": ("x.jpg",)})
-    assert demo_job.look(tmp_path / "photographs") == []
+    assert demo_job.detect_photographs(tmp_path / "photographs") == []
     assert "pip install" in capsys.readouterr().out
     assert not (tmp_path / "photographs").exists()

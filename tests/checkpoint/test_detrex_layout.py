@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.suites import conditional_detr
+from conformance.suites.common import Check, compare
 from detectron2.modeling import build_model
-from verify_suites import conditional_detr
-from verify_suites.common import Check, compare
 
 from asag import load_config
 from asag.checkpoint.detrex import DETREX_CONDITIONAL_DETR, DETREX_DETR
@@ -21,7 +21,7 @@ from asag.checkpoint.layouts import LAYOUTS, convert, recognize
 from asag.checkpoint.loading import load_weights
 from asag.modeling.layers.position_encoding import inverse_sigmoid
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASES = {
     "cond_tiny32": (DETREX_CONDITIONAL_DETR, False),
     "cond_slim_resnet50": (DETREX_CONDITIONAL_DETR, False),

@@ -21,7 +21,7 @@ from asag.checkpoint.settings import model_settings
 from asag.engine import Trainer
 from asag.export.detector import ExportableDetector
 
-TINY = str(Path(__file__).resolve().parents[1] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")
+TINY = str(Path(__file__).resolve().parents[2] / "configs/SparseRCNN/sparse_rcnn_tiny.yaml")
 MIN_SCALE, MAX_SCALE = "MODEL.DECODER.MIN_BOX_SCALE", "MODEL.DECODER.MAX_BOX_SCALE"
 CLIP = "MODEL.CLIP_BOXES"
 THEIRS = {MIN_SCALE: 0.016, MAX_SCALE: 62.5, CLIP: False}

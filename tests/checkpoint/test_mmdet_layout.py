@@ -18,7 +18,7 @@ from asag.checkpoint.layouts import LAYOUTS, recognize
 from asag.checkpoint.loading import load_weights
 from asag.checkpoint.reading import read_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 R101 = ["MODEL.RESNETS.DEPTH", "101"]
 CONTRACTS = {
     "sparse_rcnn_r50": ("sparse-rcnn", "SparseRCNN/sparse_rcnn_r50_100pro_3x.yaml", []),
