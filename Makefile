@@ -21,7 +21,7 @@ help:  ## list the targets
 setup: $(READY)  ## create .venv with all packages (about 3 minutes, 6 GB)
 
 $(READY): requirements.txt requirements-dev.txt setup.py \
-          tools/setup_env.py tools/install_detectron2.py tools/detectron2_edits.py
+          tools/setup/setup_env.py tools/setup/install_detectron2.py tools/setup/detectron2_edits.py
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "setup: there is no '$(PYTHON)'; name a Python 3.10 or newer: make setup PYTHON=python3.11"; \
 	  exit 1; } >&2
@@ -29,7 +29,7 @@ $(READY): requirements.txt requirements-dev.txt setup.py \
 	  echo "setup: $$($(PYTHON) --version 2>&1) is too old, 3.10 or newer is needed:" \
 	       "make setup PYTHON=python3.11"; \
 	  exit 1; } >&2
-	@$(PYTHON) tools/setup_env.py
+	@$(PYTHON) tools/setup/setup_env.py
 
 demo: $(READY)  ## run the whole demonstration job
 	$(VENV_PYTHON) tools/demo_job.py
@@ -50,7 +50,7 @@ doctor: $(READY)  ## say what this machine has, what is wrong and how to fix it
 
 # WITHOUT="opencv-python-headless matplotlib" leaves out large packages
 wheelhouse: $(READY)  ## collect wheels for a machine without an index: make wheelhouse PYTHON=3.12
-	$(VENV_PYTHON) tools/collect_wheels.py --python "$(TARGET)" $(if $(WITHOUT),--without $(WITHOUT))
+	$(VENV_PYTHON) tools/setup/collect_wheels.py --python "$(TARGET)" $(if $(WITHOUT),--without $(WITHOUT))
 
 clean:  ## remove build outputs and caches
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

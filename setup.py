@@ -11,7 +11,14 @@ README = ROOT / "README.md"
 
 
 # What the console script runs, see asag/cli.py.
-COMMANDS = ("train_net.py", "demo/demo.py", "tools/export.py", "tools/report.py", "tools/doctor.py")
+COMMANDS = (
+    "train_net.py",
+    "demo/demo.py",
+    "demo/output_files.py",
+    "tools/export.py",
+    "tools/report.py",
+    "tools/doctor.py",
+)
 
 
 class BuildWithConfigs(build_py):
@@ -40,7 +47,7 @@ setup(
     package_data={"asag.model_zoo": ["*.json", "weights/*"]},
     cmdclass={"build_py": BuildWithConfigs},
     entry_points={"console_scripts": ["asag = asag.cli:main"]},
-    # No "detectron2" here: PyPI has no project of that name. See tools/install_detectron2.py.
+    # No "detectron2" here: PyPI has no project of that name. See tools/setup/install_detectron2.py.
     install_requires=[
         "torch>=2.1",
         "torchvision>=0.16",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Detects objects in pictures, folders, videos or a camera's stream; writes pictures and JSON."""
+"""Detects objects in images, folders, videos or a camera stream; writes drawn images and JSON."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from output_files import CAMERA_FILE, is_video_name, plan_outputs
 from PIL import Image
 
 from asag import load_config, model_zoo
 from asag.config.loading import find_config
 from asag.data.image_io import read_image
 from asag.inference.media import (
-    VIDEO_SUFFIXES,
     MediaFile,
     VideoReader,
     VideoReadError,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 U = TypeVar("U")
 
-CAMERA_FILE = "webcam.mp4"
 DEFAULT_MODEL = model_zoo.PHOTOGRAPHS  # comes with the library
 
 EXAMPLES = """\
@@ -49,32 +48,32 @@ examples:
   # people and animals in photographs, by the small model that comes with the library
   demo.py photos/
 
-  # all pictures and videos below a folder, drawn into output/demo
+  # all images and videos below a folder, drawn into output/demo
   demo.py --config-file output/run/config.yaml --weights output/run/model_final.pth photos/
 
-  # two pictures and a pattern, drawn and as JSON
-  demo.py --config-file C --weights W a.jpg b.png 'scans/*.tif' --output out --json found.json
+  # two images and a pattern, drawn and as JSON
+  demo.py --config-file C --weights W a.jpg b.png 'scans/*.tif' --output out --json detections.json
 
-  # a video into a video, on the CPU, sure detections only
+  # a video, on the CPU, with detections of high scores only
   demo.py --config-file C --weights W street.mp4 --output marked.mp4 --device cpu --threshold 0.5
 
   # ten seconds of the first camera at about 30 frames a second
   demo.py --config-file C --weights W --webcam --max-frames 300 --output me.mp4
 
   # JSON only, with another input size
-  demo.py --config-file C --weights W photos/ --json found.json --opts INPUT.MIN_SIZE_TEST 640
+  demo.py --config-file C --weights W photos/ --json detections.json --opts INPUT.MIN_SIZE_TEST 640
 
-The JSON file holds three lists: "images" (id, file_name, width, height; frame and time in seconds
+The JSON file has three lists: "images" (id, file_name, width, height; frame and time in seconds
 for videos), "categories" (id, name) and "detections" (image_id, file_name, category_id,
-category_name, score, bbox as x, y, width, height in pixels of the upright picture).
+category_name, score, bbox as x, y, width, height in pixels of the upright image).
 Category ids count from 0 in the order of the class names.
 
-exit status: 0 when something was read, 1 when nothing could be, 2 for wrong arguments.
+exit code: 0 if an input was read, 1 if none could be read, 2 for wrong arguments.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="demo.py",
         description=__doc__,
@@ -83,7 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add(
-        "inputs", nargs="*", metavar="INPUT", help="picture, video, folder (searched whole) or glob"
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="image, video, folder (searched recursively) or glob",
     )
     add("--webcam", nargs="?", type=int, const=0, metavar="N", help="read camera N (default 0)")
     add(
@@ -97,12 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="PATH",
-        help="folder for drawn pictures and videos, or the file for a single video; default "
+        help="folder for drawn images and videos, or the file for a single video; default "
         "output/demo, or nothing drawn when only --json is given",
     )
     add("--json", type=Path, metavar="FILE", help="write the detections into this file")
-    add("--threshold", type=float, default=0.3, help="least score of a detection (default 0.3)")
-    add("--batch-size", type=int, default=4, help="pictures that share a forward pass (default 4)")
+    add("--threshold", type=float, default=0.3, help="minimum score of a detection (default 0.3)")
+    add("--batch-size", type=int, default=4, help="images of a forward pass (default 4)")
     add("--max-frames", type=int, metavar="N", help="stop videos and the camera after N frames")
     add("--device", help="cuda, cuda:1, cpu, ...; default: MODEL.DEVICE, cpu where there is no GPU")
     add(
@@ -116,11 +118,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class UsageError(Exception):
-    """Wrong arguments; the message says what to do."""
+    """Invalid arguments; the message says what to do."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the demo; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     args = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     started = time.perf_counter()
@@ -135,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for issue in issues:
         run.skip(issue)
     try:
-        with suppress(KeyboardInterrupt):  # what was found so far is worth keeping
+        with suppress(KeyboardInterrupt):  # keep the detections so far
             run.all(files, targets)
             if args.webcam is not None:
                 run.detect_camera(args.webcam, draw_to)
@@ -148,22 +150,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def refuse(error: Exception) -> int:
-    """Prints an error that the user can fix; returns the exit status."""
+    """Prints an error that the user can fix; returns the exit code."""
     message = error.args[0] if type(error) is KeyError else error  # KeyError's str adds quotes
     print(f"demo.py: {message}", file=sys.stderr)
     return 2
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Refuses what argparse cannot know. Raises UsageError."""
+    """Checks arguments beyond the rules of argparse.
+
+    Raises:
+        UsageError: there is no input, or an argument is out of range.
+    """
     if not args.inputs and args.webcam is None:
-        raise UsageError("nothing to do: name pictures, videos or folders, or give --webcam")
+        raise UsageError("there is no input; name images, videos or folders, or give --webcam")
     if args.max_frames is not None and args.max_frames < 1:
         raise UsageError(f"--max-frames is {args.max_frames}; it must be at least 1")
 
 
 def build_predictor(args: argparse.Namespace) -> Predictor:
-    """The model with its weights on its device."""
+    """Builds the model with its weights on its device.
+
+    Raises:
+        UsageError: there are no weights, or no such device.
+    """
     if args.config_file:
         cfg = load_config(str(find_config(args.config_file)), args.opts)
     else:
@@ -176,66 +186,28 @@ def build_predictor(args: argparse.Namespace) -> Predictor:
     return Predictor.from_config(cfg, batch_size=args.batch_size, score_threshold=args.threshold)
 
 
-def choose_device(configured: str, wanted: str | None) -> str:
-    """The device asked for, else that of the configuration with the CPU as fallback."""
-    device = wanted or configured
+def choose_device(configured: str, requested: str | None) -> str:
+    """Returns the requested device, else that of the configuration with the CPU as fallback.
+
+    Raises:
+        UsageError: the device does not exist.
+    """
+    device = requested or configured
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UsageError(f"device {device}: {str(error).splitlines()[0]}") from error
     if kind != "cuda" or torch.cuda.is_available():
         return device
-    if wanted:
-        raise UsageError(f"--device {wanted}: PyTorch finds no CUDA device; try --device cpu")
+    if requested:
+        raise UsageError(f"--device {requested}: PyTorch finds no CUDA device; try --device cpu")
     print("no CUDA device: running on the CPU")
     return "cpu"
 
 
-def plan_outputs(
-    files: Sequence[MediaFile], draw_to: Path | None, camera: bool
-) -> list[Path | None]:
-    """Where each file's drawing goes: never over an input, never twice to the same place."""
-    if draw_to is None:
-        return [None] * len(files)
-    if is_video_name(draw_to):
-        if len(files) + camera > 1 or any(not file.is_video for file in files):
-            raise UsageError(
-                f"--output {draw_to} is a video file, which takes exactly one video or camera as "
-                "input; give a folder instead"
-            )
-        targets = [draw_to] * len(files)
-    else:
-        taken = {draw_to / CAMERA_FILE} if camera else set()
-        targets = [free_name(draw_to, file, taken) for file in files]
-    sources = {file.path.resolve() for file in files}
-    for target in targets:
-        if target.resolve() in sources:
-            raise UsageError(f"--output would overwrite the input {target}; choose another folder")
-    return targets
-
-
-def free_name(folder: Path, file: MediaFile, taken: set[Path]) -> Path:
-    """A name for the drawing that is not taken yet, in a format that needs no further library."""
-    suffix = file.path.suffix.lower()
-    if file.is_video:
-        suffix = ".avi" if suffix == ".avi" else ".mp4"
-    else:
-        suffix = ".jpg" if suffix in (".jpg", ".jpeg") else ".png"
-    target, number = folder / file.relative.with_suffix(suffix), 2
-    while target in taken:
-        target = folder / file.relative.with_name(f"{file.relative.stem}_{number}{suffix}")
-        number += 1
-    taken.add(target)
-    return target
-
-
-def is_video_name(path: Path) -> bool:
-    return path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir()
-
-
 @dataclass
 class Loaded:
-    """A picture on its way: read and resized, or the reason why not."""
+    """An image that was read and resized, or the error that prevented it."""
 
     file: MediaFile
     target: Path | None
@@ -245,27 +217,27 @@ class Loaded:
 
 
 class Run:
-    """One run of the demo: reads, detects, draws, and counts what it did.
+    """Reads, detects and draws, and counts inputs and detections.
 
-    The next batch is read and resized in threads while the model works on this one.
+    The next batch is read and resized in threads while the model processes the current one.
     """
 
     def __init__(self, predictor: Predictor, max_frames: int | None = None) -> None:
         self.predictor = predictor
         self.max_frames = max_frames
         self.record = DetectionRecord(predictor.class_names)
-        self.pictures = self.videos = self.skipped = 0
+        self.images = self.videos = self.skipped = 0
 
     def skip(self, message: str) -> None:
-        """Reports an input that cannot be read; the demo goes on."""
+        """Reports an input that cannot be read."""
         self.skipped += 1
         print(f"skipped: {message}", file=sys.stderr)
 
     def all(self, files: Sequence[MediaFile], targets: Sequence[Path | None]) -> None:
-        """Pictures first, in batches across files, then the videos."""
+        """Processes the images first, in batches across files, then the videos."""
         planned = list(zip(files, targets, strict=True))
         with ThreadPoolExecutor() as pool:
-            self.detect_pictures([x for x in planned if not x[0].is_video], pool)
+            self.detect_images([x for x in planned if not x[0].is_video], pool)
             for file, target in planned:
                 if file.is_video:
                     self.detect_video(file.path, target, pool)
@@ -277,10 +249,10 @@ class Run:
         with ThreadPoolExecutor() as pool:
             self.detect_video(number, draw_to, pool)
 
-    def detect_pictures(
+    def detect_images(
         self, planned: Sequence[tuple[MediaFile, Path | None]], pool: ThreadPoolExecutor
     ) -> None:
-        """Detects in pictures and draws each into its target."""
+        """Detects in images and draws each into its target."""
 
         def load(file_and_target: tuple[MediaFile, Path | None]) -> Loaded:
             file, target = file_and_target
@@ -295,9 +267,9 @@ class Run:
                 self.skip(f"{bad.file.path}: {bad.error}")
             good = [x for x in batch if not x.error]
             detections = self.predictor.predict([x.model_input for x in good])
-            list(pool.map(self.draw, good, detections))  # errors of the threads surface here
+            list(pool.map(self.draw, good, detections))  # raises the errors of the threads
             for x, found in zip(good, detections, strict=True):
-                self.pictures += 1
+                self.images += 1
                 self.record.add(str(x.file.path), x.image_rgb.shape[:2], found)
                 print(f"{x.file.path}: {self.describe(found)}{arrow(x.target)}")
 
@@ -313,7 +285,7 @@ class Run:
     ) -> None:
         """Detects in every frame of a video or a camera and writes the drawn frames into a video.
 
-        Ctrl-C is how recording from a camera ends.
+        Ctrl-C ends the recording of a camera.
         """
         is_camera = isinstance(source, int)
         name = f"camera {source}" if is_camera else str(source)
@@ -352,15 +324,15 @@ class Run:
         print(f"{name}: {count(frames, 'frame')}{cut}, {count(objects, 'object')}{arrow(target)}")
 
     def describe(self, found: Instances) -> str:
-        """Number of objects of each class, the most frequent first."""
+        """Counts the objects of each class, the most frequent first."""
         names = Counter(map(self.record.name, found.pred_classes.tolist()))
         listed = ", ".join(f"{name} {n}" for name, n in names.most_common())
         return count(len(found), "object") + (f" ({listed})" if listed else "")
 
     def summary(self, seconds: float, draw_to: Path | None, json_file: Path | None) -> str:
-        """The last line of the output."""
-        frames = len(self.record.images) - self.pictures
-        read = [count(self.pictures, "picture")] if self.pictures or not self.videos else []
+        """Returns the last line of the output."""
+        frames = len(self.record.images) - self.images
+        read = [count(self.images, "image")] if self.images or not self.videos else []
         if self.videos:
             read.append(f"{count(self.videos, 'video')} ({count(frames, 'frame')})")
         parts = [f"{' and '.join(read)} in {seconds:.1f} s"]
@@ -376,7 +348,7 @@ class Run:
 def ahead(
     work: Callable[[T], U], batches: Iterable[Sequence[T]], pool: ThreadPoolExecutor
 ) -> Iterator[list[U]]:
-    """Results of `work` batch by batch; that of the next batch is under way meanwhile."""
+    """Yields the results of `work` by batch while the next batch is being processed."""
     waiting: list[Future[U]] = []
     for batch in batches:
         started = [pool.submit(work, item) for item in batch]
@@ -388,7 +360,7 @@ def ahead(
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Consecutive runs of `size` items; the last may be shorter."""
+    """Yields consecutive lists of `size` items; the last may be shorter."""
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk

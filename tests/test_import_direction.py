@@ -94,7 +94,7 @@ def test_no_import_goes_up():
 
 
 def test_package_imports_no_tool():
-    names = {p.stem for p in (PACKAGE.parent / "tools").glob("*.py")} | {"tools", "train_net"}
+    names = {p.stem for p in (PACKAGE.parent / "tools").rglob("*.py")} | {"tools", "train_net"}
     for path in PACKAGE.rglob("*.py"):
         module = module_name(path)
         for name, line in imports(path.read_text(encoding="utf-8"), module, False):

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Parameters and multiply-adds of configured detectors, compared with published figures.
+"""Counts parameters and multiply-adds of detectors and compares them with published figures.
 
     python tools/analyze.py configs/SparseRCNN/sparse_rcnn_r50_100pro_3x.yaml
     python tools/analyze.py CONFIG CONFIG --input 800x1333 --json
     python tools/analyze.py CONFIG --annotations val.json --images 100
 
-What is counted and what is not is described in `tools/flops.py`. Weights are not loaded: figures
-depend on shapes only. The published figures of a configuration stand in
+`tools/analysis/flops.py` describes the operations that are counted. Weights are not loaded: the
+figures depend on shapes only. The published figures of a configuration are read from
 `projects/*/reference_figures.json`.
 """
 
@@ -20,15 +20,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from asag import load_config
 
-from asag import load_config  # noqa: E402
+import torch
+from analysis.flops import Count, components, count_flops, count_parameters
+from benchmarks.measuring import image_size
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 
-import torch  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from flops import Count, components, count_flops, count_parameters  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,22 +77,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def image_size(text: str) -> tuple[int, int]:
-    """ "800x1216" -> (800, 1216), height first.
-
-    Raises:
-        argparse.ArgumentTypeError: not two positive numbers.
-    """
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) * int(width)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, for example 800x1216")
-    return int(height), int(width)
-
-
 def report(path: str, cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
-    """All figures of one configuration, as plain numbers."""
+    """Returns all figures of one configuration, as plain numbers."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # which boxes fall on which level depends on the weights
+        torch.manual_seed(0)  # the weights decide about the level of each box
         model = build_model(cfg)
     sizes = resized_sizes(cfg, args.annotations, args.images) if args.annotations else {}
     counts = [
@@ -128,7 +116,7 @@ def report(path: str, cfg: CfgNode, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def resized_sizes(cfg: CfgNode, annotations: str, images: int) -> dict[tuple[int, int], int]:
-    """(height, width) -> how many of the first images have it after the resize of testing."""
+    """Counts the first images by (height, width) after the resize of testing."""
     from asag.data.json_files import load_json
 
     from detectron2.data.transforms import ResizeShortestEdge
@@ -147,7 +135,7 @@ def resized_sizes(cfg: CfgNode, annotations: str, images: int) -> dict[tuple[int
 
 
 def _shape(annotations: str, index: int, entry: Any) -> tuple[int, int]:
-    """Height and width of an entry of `images`."""
+    """Reads height and width of an entry of `images`."""
     written = [entry.get(key) if isinstance(entry, dict) else None for key in ("height", "width")]
     try:
         height, width = map(int, written)
@@ -162,15 +150,14 @@ def _shape(annotations: str, index: int, entry: Any) -> tuple[int, int]:
 
 
 class _BlankImage:
-    """Stands for an image where only the shape is asked for."""
+    """An image of which only the shape is read."""
 
     def __init__(self, height: int, width: int) -> None:
         self.shape = (height, width, 3)
 
 
 def compare(path: str, result: dict[str, Any]) -> dict[str, Any] | None:
-    """Published figures of this configuration beside the measured ones; None where none are
-    known."""
+    """Compares with the published figures of this configuration; None if there are none."""
     known: dict[str, Any] = {}
     for file in sorted(ROOT.glob("projects/*/reference_figures.json")):
         known |= json.loads(file.read_text(encoding="utf-8"))
@@ -187,7 +174,7 @@ def compare(path: str, result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def render(result: dict[str, Any]) -> str:
-    """The table that people read."""
+    """Formats the figures as a table."""
     lines = [
         f"{result['config']}, input {result['input']}",
         f"{'component':<20}{'parameters':>14}{'trainable':>14}{'GMACs':>10}",
@@ -214,7 +201,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _mean(counts: list[tuple[Count, int]], figure: Callable[[Count], float]) -> float:
-    """Weighted mean in units of 1e9."""
+    """Returns the weighted mean in units of 1e9."""
     return sum(figure(c) * n for c, n in counts) / sum(n for _, n in counts) / 1e9
 
 

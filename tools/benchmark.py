@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time and memory of detectors by phase, several of them side by side in one run.
+"""Measures time and memory of detectors by phase, several of them side by side.
 
     python tools/benchmark.py configs/SparseRCNN/sparse_rcnn_tiny.yaml --size 128x160
     python tools/benchmark.py A.yaml B.yaml --device cuda --batch 16 --amp bfloat16 --json out.json
@@ -7,16 +7,15 @@
     python tools/benchmark.py A.yaml A.yaml@fold-norms --mode inference
     python tools/benchmark.py --profile A.yaml    # where a real training step spends its time
 
-The arms take turns (A B A B ...), so that a machine that warms up or is shared treats them alike.
-Images are random, weights are as initialized and training updates them by the configured recipe.
-"Other" is what no component does: normalizing and padding the images, and postprocessing.
+The configurations (arms) take turns (A B A B ...), so that warm-up and other load affect all alike.
+Images are random, weights are as initialized, and training updates them by the configured recipe.
+"Other" is the work outside of the components: normalizing and padding images, postprocessing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -24,35 +23,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
-
-from asag import load_config  # noqa: E402
-from asag.config.loading import find_config  # noqa: E402
-from asag.data import SampleError  # noqa: E402
-from asag.diagnostics.profiling import (  # noqa: E402
+from asag import load_config
+from asag.config.loading import find_config
+from asag.data import SampleError
+from asag.diagnostics.profiling import (
     PhaseTimer,
     host_waits,
     resident_bytes,
     saved_bytes,
 )
-from asag.diagnostics.step_profile import (  # noqa: E402
+from asag.diagnostics.step_profile import (
     THRESHOLDS,
     hints,
     profile_steps,
 )
-from asag.diagnostics.step_profile import render as render_profile  # noqa: E402
-from asag.engine import NonFiniteLossError  # noqa: E402
-from asag.engine.memory import NotEnoughMemoryError  # noqa: E402
-from asag.engine.optimizer import build_clipper, build_optimizer  # noqa: E402
-from asag.engine.step import AMP_DTYPES, TrainStep  # noqa: E402
-from asag.inference.deploy import fold_batch_norms  # noqa: E402
+from asag.diagnostics.step_profile import render as render_profile
+from asag.engine import NonFiniteLossError
+from asag.engine.memory import NotEnoughMemoryError
+from asag.engine.optimizer import build_clipper, build_optimizer
+from asag.engine.step import AMP_DTYPES, TrainStep
+from asag.inference.deploy import fold_batch_norms
 
-import torch  # noqa: E402
-from analyze import image_size  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
+import torch
+from benchmarks.measuring import device_name, image_size, positive
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 
 MODES = ("inference", "training")
 STEP_ERRORS = (NonFiniteLossError, NotEnoughMemoryError, SampleError)  # of --profile
@@ -60,7 +56,7 @@ FOLD_NORMS = "fold-norms"
 
 
 class Arm:
-    """One configuration under test: its model, optimizer, batch and times."""
+    """A configuration under test with its model, optimizer, batch and times."""
 
     def __init__(self, spec: str, args: argparse.Namespace) -> None:
         """
@@ -90,7 +86,7 @@ class Arm:
         self.peak: dict[str, int] = {}
 
     def run(self, mode: str) -> None:
-        """One forward pass in evaluation, or one training step."""
+        """Runs one forward pass in evaluation mode, or one training step."""
         if mode == "training":
             self.model.train()
             self.train_step(self.batch)
@@ -109,12 +105,12 @@ class Arm:
             torch.cuda.reset_peak_memory_stats()
         with self.timer:
             self.times[mode].append(self.timer.measure(lambda: self.run(mode)))
-        if cuda:  # less what the other arms hold
+        if cuda:  # without the memory that the other arms hold
             peak = torch.cuda.max_memory_allocated() - before + own
             self.peak[mode] = max(peak, self.peak.get(mode, 0))
 
     def report(self, modes: Sequence[str]) -> dict[str, Any]:
-        """All figures as plain numbers: milliseconds, bytes, counts."""
+        """Returns all figures as plain numbers: milliseconds, bytes, counts."""
         result: dict[str, Any] = {
             "config": self.name,
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -136,12 +132,12 @@ class Arm:
 
 
 def folds_norms(spec: str, args: argparse.Namespace) -> bool:
-    """Whether this arm, or every one, has its norms folded into the convolutions."""
+    """Returns True if the norms of this arm are folded into its convolutions."""
     return args.fold_norms or FOLD_NORMS in spec.split("@")
 
 
 def arm_config(spec: str, args: argparse.Namespace) -> CfgNode:
-    """The configuration of "FILE@KEY=VALUE...", with the options of the command line."""
+    """Loads the configuration of "FILE@KEY=VALUE..." with the options of the command line."""
     path, *own = spec.split("@")
     options = [word for pair in own if pair != FOLD_NORMS for word in pair.split("=", 1)]
     flags = {"MODEL.CHANNELS_LAST": args.channels_last, "MODEL.COMPILE": args.compile}
@@ -153,7 +149,7 @@ def arm_config(spec: str, args: argparse.Namespace) -> CfgNode:
 def random_batch(
     batch: int, size: tuple[int, int], objects: int, classes: int, device: str
 ) -> list[dict[str, Any]]:
-    """Random images (on the device) with `objects` random boxes each (on the host)."""
+    """Makes random images (on the device) with `objects` random boxes each (on the host)."""
     height, width = size
     whwh = torch.tensor([width, height, width, height])
     samples = []
@@ -183,13 +179,13 @@ def measure_arms(
 
 
 def profile(spec: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Profiles training steps of one configuration and prints what came out.
+    """Profiles training steps of one configuration and prints the result.
 
     Returns:
         All figures as plain numbers, and the hints.
 
     Raises:
-        ValueError: a configuration that cannot work; the message names the key.
+        ValueError: the configuration is not valid; the message names the key.
     """
     cfg = arm_config(spec, args)
     cfg.defrost()
@@ -221,7 +217,7 @@ def profile(spec: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def percentile_95(values: Sequence[float]) -> float:
-    """The smallest value that at least 95 % of all do not exceed."""
+    """Returns the smallest value that at least 95 % of all values do not exceed."""
     return sorted(values)[-(-95 * len(values) // 100) - 1]
 
 
@@ -232,7 +228,7 @@ def _of_phases(
 
 
 def render(settings: dict[str, Any], reports: list[dict[str, Any]]) -> str:
-    """The tables that people read: a column an arm, with the ratio to the first."""
+    """Formats tables with a column for each arm and its ratio to the first arm."""
     names = [r["config"] for r in reports]
     lines = [f"{chr(65 + i)}: {name}" for i, name in enumerate(names)]
     lines.append(", ".join(f"{key} {value}" for key, value in settings.items()))
@@ -278,11 +274,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--profile",
         action="store_true",
         help="train for --iterations steps as configured, data loader included (random images only "
-        "with --size), and say where the time goes and what to change",
+        "with --size), and print the share of each phase and the keys to change",
     )
     add("--batch", type=positive, help="images (default 2; --profile: SOLVER.IMS_PER_BATCH)")
     add("--size", type=image_size, metavar="HxW", help="default 800x1216; --profile: the data's")
-    add("--objects", type=int, default=7, help="ground truths of an image (default 7)")
+    add("--objects", type=int, default=7, help="objects of an image (default 7)")
     add("--iterations", type=positive, default=20, help="timed runs of an arm (default 20)")
     add("--warmup", type=positive, default=3, help="runs before (default 3)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
@@ -304,17 +300,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write all figures there as well")
     add("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE for all arms, last")
     return parser.parse_args(arguments)
-
-
-def positive(text: str) -> int:
-    """A whole number above zero.
-
-    Raises:
-        argparse.ArgumentTypeError: anything else.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
-    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -360,16 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_json(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Into the file of --json, if there is one."""
+    """Writes the figures to the file of --json, if it was given."""
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2))
-
-
-def device_name(device: str) -> str:
-    """What the times were taken on."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU ({torch.get_num_threads()} threads)"
 
 
 if __name__ == "__main__":

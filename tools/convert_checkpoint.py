@@ -5,8 +5,8 @@
     python tools/convert_checkpoint.py pytorch_model.bin detr.pth --to asag
     python tools/convert_checkpoint.py asag_a.pth deployed.pth --to asag --keep-copy 2
 
-Training and prediction read every layout as it is (MODEL.WEIGHTS): convert what others shall read.
-Which layout IN is in is seen from its names. Every number stays as it is, bit by bit.
+Training and prediction read every layout directly (MODEL.WEIGHTS); convert weights for other
+programs. The layout of IN is recognized by its tensor names. Values do not change.
 """
 
 from __future__ import annotations
@@ -19,26 +19,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from asag.checkpoint.asag import keep_copy  # noqa: E402
-from asag.checkpoint.layouts import (  # noqa: E402
+from asag.checkpoint.asag import keep_copy
+from asag.checkpoint.layouts import (
     LAYOUTS,
     OURS,
     TRANSFORMERS,
     ConversionError,
     convert,
 )
-from asag.checkpoint.reading import read_checkpoint  # noqa: E402
-from asag.files import atomic_writer  # noqa: E402
+from asag.checkpoint.reading import read_checkpoint
+from asag.files import atomic_writer
 
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import safetensors.torch
+import torch
+from torch import Tensor
 
 SAFETENSORS, PICKLES = ".safetensors", (".pth", ".pt", ".bin")
-LISTED = 20  # names, at most, that a message lists
+LISTED = 20  # at most, in a message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,8 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def rename(
     loaded: Mapping[str, Any], args: argparse.Namespace
 ) -> tuple[dict[str, Tensor], str, list[str]]:
-    """The weights under their new names, the layout they had, and what was left out; see
-    `convert` for what is raised."""
+    """Renames the weights.
+
+    Returns:
+        The renamed weights, the layout that they had, and the names that were left out.
+
+    Raises:
+        ConversionError: see `convert`.
+    """
     if args.keep_copy is None:
         return convert(weights(loaded), args.to, partial=args.partial)
     ours, source, left_out = convert(weights(loaded), OURS, partial=args.partial)
@@ -91,7 +94,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("input", metavar="IN", type=Path, help=".pth, .pt, .bin or .safetensors")
     parser.add_argument(
-        "output", metavar="OUT", type=Path, help="the same; its suffix decides the file format"
+        "output", metavar="OUT", type=Path, help="likewise; its suffix selects the file format"
     )
     parser.add_argument("--to", required=True, choices=LAYOUTS, metavar="LAYOUT", help="see below")
     parser.add_argument(
@@ -119,7 +122,7 @@ def check_suffix(path: Path) -> None:
 
 
 def weights(loaded: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """What evaluation would take of a checkpoint: the averaged weights, where there are any."""
+    """Returns the weights that evaluation uses: the averaged ones if the checkpoint has them."""
     average = loaded.get("ema")
     averaged = isinstance(average, Mapping) and average.keys() == loaded["model"].keys()
     return average if averaged else loaded["model"]
@@ -128,12 +131,12 @@ def weights(loaded: Mapping[str, Any]) -> Mapping[str, Tensor]:
 def beside(
     class_names: Sequence[str] | None, settings: Mapping[str, Any], layout: str
 ) -> dict[str, Any]:
-    """What stands beside the weights.
+    """Returns the entries of the file beside the weights.
 
     Args:
         class_names: of the input.
-        settings: configuration key -> value that its weights need; no layout but this library's has
-            a place for them.
+        settings: configuration values that its weights need, by key; only the layout of this
+            library has a place for them.
         layout: of the output.
     """
     found: dict[str, Any] = {"class_names": list(class_names)} if class_names else {}
@@ -141,7 +144,7 @@ def beside(
 
 
 def other_arithmetic(settings: Mapping[str, Any], layout: str) -> str:
-    """A sentence on what the weights need and the layout's own models do otherwise."""
+    """Describes the settings of the weights that models of the layout compute otherwise."""
     theirs = LAYOUTS[layout].settings
     wrong = [f"{k} {v}" for k, v in settings.items() if layout != OURS and theirs.get(k, v) != v]
     if not wrong:
@@ -152,20 +155,21 @@ def other_arithmetic(settings: Mapping[str, Any], layout: str) -> str:
 
 
 def write(path: Path, state: Mapping[str, Tensor], layout: str, entries: Mapping[str, Any]) -> str:
-    """Writes the whole file or none.
+    """Writes the file atomically.
 
-    transformers reads pickled weights from the top of the file, all others from its entry "model".
+    transformers expects pickled weights at the top level of the file, all others in its entry
+    "model".
 
     Args:
-        path: its suffix decides the format.
-        state: name -> tensor.
+        path: its suffix selects the format.
+        state: tensors by name.
         layout: of the names.
         entries: see `beside`.
 
     Returns:
-        What to tell about the class names.
+        A note about the class names for the user.
     """
-    # Slices of a packed matrix share its memory; a file would hold all of it for each.
+    # Slices of a packed matrix share its memory, and a file would store all of it for each slice.
     state = {k: v.detach().clone(memory_format=torch.contiguous_format) for k, v in state.items()}
     flat = path.suffix != SAFETENSORS and layout.startswith(TRANSFORMERS)
     with atomic_writer(path, "wb") as file:

@@ -1,10 +1,9 @@
 #!/usr/bin/env python
-"""The demonstration: detect in photographs with the packaged model, then train a detector on
-generated images, evaluate it and draw its predictions.
+"""Detects in photographs with a packaged model, then trains a detector on generated images.
 
-Two CPU cores do it in under ten minutes. The photographs come with installed packages. An
-interrupted job goes on where it stopped, a finished one is evaluated again. All output is written
-to `output/demo`.
+The trained detector is evaluated, and its predictions are drawn. The job takes less than ten
+minutes on two CPU cores. The photographs come with installed packages. An interrupted job is resumed, a
+finished one is evaluated again. Results are written to `output/demo`.
 """
 
 from __future__ import annotations
@@ -26,21 +25,23 @@ THRESHOLD = 0.3
 
 
 def main() -> int:
-    """Command line; returns the exit status of the training."""
+    """Runs the command line; returns the exit code of the training."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config-file", default=CONFIG, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="configuration overrides")
     options = parser.parse_args()
 
-    look(options.output / "photographs")
+    detect_photographs(options.output / "photographs")
 
+    from asag.cli import load_command
     from asag.visualization.curves import plot_curves
-    from train_net import main as train
 
     start = time.perf_counter()
     arguments = ["--config-file", options.config_file, "--num-gpus", "1", "--resume"]
-    status = train([*arguments, "OUTPUT_DIR", str(options.output), *options.opts])
+    status = load_command("train_net.py").main(
+        [*arguments, "OUTPUT_DIR", str(options.output), *options.opts]
+    )
     if status:
         return status
     metrics = options.output / "metrics.json"
@@ -51,21 +52,21 @@ def main() -> int:
         found.update({k: v for k, v in json.loads(line).items() if k.startswith("bbox/")})
     print(
         f"\nThe demonstration took {(time.perf_counter() - start) / 60:.1f} minutes.\n"
-        f"  AP {found['bbox/AP']:.1f}, AP50 {found['bbox/AP50']:.1f} on images it never saw\n"
+        f"  AP {found['bbox/AP']:.1f}, AP50 {found['bbox/AP50']:.1f} on validation images\n"
         f"  curves    {curves}\n"
         f"  pictures  {options.output / 'pictures'} (predictions beside ground truth)\n"
         f"  weights   {options.output / 'model_final.pth'}\n"
-        "Try it on pictures of your own:\n"
+        "Try it on your own images:\n"
         f"  .venv/bin/python demo/demo.py --config-file {options.config_file} "
-        f"--weights {options.output / 'model_final.pth'} --output output/looked PICTURES\n"
-        "Train it on data of your own (COCO format):\n"
+        f"--weights {options.output / 'model_final.pth'} --output output/detections IMAGES\n"
+        "Train on your own data (COCO format):\n"
         "  .venv/bin/python train_net.py --data DIR"
     )
     return 0
 
 
 def photographs() -> list[Path]:
-    """Those of the packages that are installed, which are not imported."""
+    """Finds the photographs of installed packages without importing them."""
     found = []
     for package, names in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(package)
@@ -74,20 +75,20 @@ def photographs() -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def look(folder: Path) -> list[Path]:
-    """Detects in the photographs, and says what was seen and where it is drawn.
+def detect_photographs(folder: Path) -> list[Path]:
+    """Detects objects in the photographs, draws them, and prints the detections.
 
     Args:
-        folder: for the drawn pictures.
+        folder: for the drawn images.
 
     Returns:
-        The drawn pictures.
+        Paths of the drawn images.
     """
     from asag import Detector
 
     pictures = photographs()
     if not pictures:
-        print("No installed package brings photographs: pip install matplotlib scikit-image")
+        print("No installed package has photographs: pip install matplotlib scikit-image")
         return []
     folder.mkdir(parents=True, exist_ok=True)
     detector = Detector.from_pretrained()

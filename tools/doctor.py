@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Say what this machine has, what is wrong and how to fix it.
+"""Checks the installation and prints what is wrong and how to fix it.
 
     python tools/doctor.py        (or: make doctor)
 
-Every line starts with `ok`, `note` (works, with a limit worth knowing) or `WRONG` (something
-required is broken); the remedy follows on the next line. The exit status is 1 when a line is wrong.
+Every line starts with `ok`, `note` (works with a limitation) or `WRONG` (a required part does not
+work); the remedy follows on the next line. The exit code is 1 if a line is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 MINIMUM_PYTHON = (3, 10)
 TINY_CONFIG = ROOT / "configs" / "SparseRCNN" / "sparse_rcnn_tiny.yaml"
 
@@ -32,7 +32,7 @@ TESTED_DETECTRON2 = (
     "v0.5 (the compatibility wheel) and official main at 02b5c4e of 2026-06-06 (version 0.6)"
 )
 INSTALL_PACKAGE = "python -m pip install --no-build-isolation --no-deps -e ."
-INSTALL_DETECTRON2 = "python tools/install_detectron2.py"
+INSTALL_DETECTRON2 = "python tools/setup/install_detectron2.py"
 
 
 class Line(NamedTuple):
@@ -51,7 +51,7 @@ def _version(name: str) -> str | None:
 
 
 def check_python() -> Iterator[Line]:
-    """The interpreter and where it runs."""
+    """Checks the version of the interpreter."""
     text = f"Python {platform.python_version()} at {sys.executable}, {platform.platform()}"
     if sys.version_info[:2] < MINIMUM_PYTHON:
         yield Line("WRONG", text, "Python 3.10 or newer is needed: make setup PYTHON=python3.11")
@@ -60,7 +60,7 @@ def check_python() -> Iterator[Line]:
 
 
 def check_packages() -> Iterator[Line]:
-    """Required and optional packages against the ranges this package declares."""
+    """Checks required and optional packages against the declared version ranges."""
     declared = importlib.metadata.requires("asag") if _version("asag") else None
     if declared is None:
         yield Line(
@@ -81,9 +81,11 @@ def check_packages() -> Iterator[Line]:
         if found and requirement.specifier.contains(found, prereleases=True):
             yield Line("ok", f"{requirement.name} {found}")
             continue
-        wish = f"{requirement.name}{requirement.specifier}"
-        text = f"{requirement.name} {found or 'is missing'}" + (f", wanted {wish}" if found else "")
-        remedy = f"python -m pip install '{wish}'"
+        required = f"{requirement.name}{requirement.specifier}"
+        text = f"{requirement.name} {found or 'is missing'}" + (
+            f", required is {required}" if found else ""
+        )
+        remedy = f"python -m pip install '{required}'"
         if extra:
             yield Line("note", f"{text} (optional, extra '{extra}')", remedy)
         else:
@@ -91,13 +93,13 @@ def check_packages() -> Iterator[Line]:
 
 
 def _extra_of(marker: object) -> str:
-    """Name of the extra a marker such as `extra == "fast"` asks for; empty for none."""
+    """Returns the extra in a marker such as `extra == "fast"`; empty for none."""
     left, _, right = str(marker or "").partition("extra ==")
     return right.strip().strip("\"'") if not left.strip() else ""
 
 
 def check_torchvision() -> Iterator[Line]:
-    """PyTorch's and torchvision's compiled operators fit each other."""
+    """Checks that torchvision's compiled operators work with the installed PyTorch."""
     try:
         import torch
         import torchvision
@@ -115,11 +117,11 @@ def check_torchvision() -> Iterator[Line]:
 
 
 def detectron2_origin(version: str | None, compiled: bool) -> str:
-    """Which Detectron2 this is, in words.
+    """Describes the installed Detectron2.
 
     Args:
-        version: of the installed distribution; None when it runs from a bare source tree.
-        compiled: whether the module `_C` is a compiled extension.
+        version: of the installed distribution; None for a source tree.
+        compiled: True if the module `_C` is a compiled extension.
     """
     if version is not None and "+purepy" in version:
         return "the compatibility wheel of v0.5, without compiled operators"
@@ -129,7 +131,7 @@ def detectron2_origin(version: str | None, compiled: bool) -> str:
 
 
 def check_detectron2() -> Iterator[Line]:
-    """Detectron2: which one, and whether what we use of it imports."""
+    """Checks that the parts of Detectron2 that this library uses can be imported."""
     spec = importlib.util.find_spec("detectron2")
     if spec is None or spec.origin is None:
         yield Line("WRONG", "detectron2 is not installed", INSTALL_DETECTRON2)
@@ -159,7 +161,7 @@ def check_detectron2() -> Iterator[Line]:
         yield Line(
             "note",
             f"this Detectron2 was not tested; the tests of asag pass on {TESTED_DETECTRON2}",
-            "python -m pytest tests/test_detectron2_host.py",
+            "python -m pytest tests/detectron2_host/test_detectron2_host.py",
         )
     zoo = folder / "model_zoo" / "model_zoo.py"
     needs_pkg_resources = zoo.is_file() and "import pkg_resources" in zoo.read_text()
@@ -173,7 +175,7 @@ def check_detectron2() -> Iterator[Line]:
 
 
 def check_devices() -> Iterator[Line]:
-    """CPU threads and GPUs, with a real computation on every GPU."""
+    """Checks CPU threads and GPUs, with a computation on every GPU."""
     try:
         import torch
     except Exception as error:
@@ -217,7 +219,7 @@ def check_devices() -> Iterator[Line]:
 
 
 def _nvidia_driver() -> str | None:
-    """Driver version as nvidia-smi reports it; None without a working driver."""
+    """Returns the driver version that nvidia-smi reports; None without a working driver."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -229,7 +231,7 @@ def _nvidia_driver() -> str | None:
 
 
 def check_step(config: Path = TINY_CONFIG) -> Iterator[Line]:
-    """One training step and one inference of a tiny Sparse R-CNN, built from its config."""
+    """Runs one training step and one inference of a tiny Sparse R-CNN."""
     try:
         from asag import load_config
 
@@ -255,7 +257,10 @@ def check_step(config: Path = TINY_CONFIG) -> Iterator[Line]:
 
 
 def _train_and_detect(cfg: object) -> tuple[dict[str, float], int]:
-    """Losses of one SGD step and the number of detections afterwards.
+    """Runs one SGD step and one inference.
+
+    Returns:
+        The losses, and the number of detections.
 
     Raises:
         ArithmeticError: a loss, a gradient or a detected box is not finite.
@@ -301,7 +306,7 @@ CHECKS: dict[str, Callable[[], Iterator[Line]]] = {
 
 
 def main() -> int:
-    """Run all checks; returns the exit status."""
+    """Runs all checks; returns the exit code."""
     warnings.filterwarnings("ignore")
     wrong = 0
     for title, check in CHECKS.items():

@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Writes a detector as an ONNX file, and keeps the file only if it detects the same.
+"""Exports a detector to ONNX and keeps the file only if its detections agree with PyTorch.
 
     python tools/export.py --config-file output/run/config.yaml \\
         --weights output/run/model_final.pth --output model.onnx --size 800 1216
 
-The file has one input, `images` (B, 3, H, W): float32, RGB, 0 to 255, of one size. Stretch pictures
-to it, and stretch boxes back by the same two factors. Its outputs have a slot for each of the
-TEST.DETECTIONS_PER_IMAGE best detections: `boxes_xyxy` (B, D, 4) in pixels of the input, `scores`
-(B, D) falling, `labels` (B, D) and `valid` (B, D). Slots that are not valid come last.
+The model has one input, `images` (B, 3, H, W): float32, RGB, 0 to 255, of one fixed size. Resize
+images to it, and rescale the boxes by the same two factors. Its outputs have a slot for each of the
+D = TEST.DETECTIONS_PER_IMAGE best detections: `boxes_xyxy` (B, D, 4) in pixels of the input,
+`scores` (B, D) in descending order, `labels` (B, D) and `valid` (B, D). Invalid slots come last.
 
-Normalization and non-maximum suppression (MODEL.NMS_THRESH_TEST) are inside. Test-time augmentation
-is not. ASAG needs fixed capacities (MODEL.ASAG.PATCH_CAPACITY, MODEL.ASAG.ANCHOR_CAPACITY).
+Normalization and non-maximum suppression (MODEL.NMS_THRESH_TEST) are included, test-time
+augmentation is not. ASAG needs fixed capacities (MODEL.ASAG.PATCH_CAPACITY and
+MODEL.ASAG.ANCHOR_CAPACITY).
 
-The file is run by onnxruntime on noise, on generated scenes and on the pictures of --images; what
-it finds must be what PyTorch finds with the same weights. Otherwise the exit code is 1 and the file
-is kept under another name, with ".rejected" behind.
+onnxruntime runs the file on noise, on generated scenes and on the images of --images. Its
+detections must agree with those of PyTorch with the same weights; otherwise the exit code is 1 and
+the file is kept with the suffix ".rejected".
 """
 
 from __future__ import annotations
@@ -25,13 +26,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from asag import __version__, load_config  # noqa: E402
-from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.config.loading import find_config  # noqa: E402
-from asag.export import (  # noqa: E402
+from asag import __version__, load_config
+from asag.checkpoint.loading import load_weights
+from asag.config.loading import find_config
+from asag.export import (
     ExportableDetector,
     ExportError,
     Tolerance,
@@ -41,16 +39,19 @@ from asag.export import (  # noqa: E402
     generated_pictures,
     read_pictures,
 )
-from asag.export.onnx_file import require_packages  # noqa: E402
-from asag.inference.predictor import find_class_names  # noqa: E402
+from asag.export.onnx_file import require_packages
+from asag.inference.predictor import find_class_names
 
-import torch  # noqa: E402
-from detectron2.modeling import build_model  # noqa: E402
+import torch
+from detectron2.modeling import build_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 1 for a file that detects otherwise, 2 for
-    what cannot be exported at all."""
+    """Runs the command line.
+
+    Returns:
+        Exit code: 1 if the file detects otherwise, 2 if the model cannot be exported.
+    """
     args = parse(arguments)
     try:
         return export(args)
@@ -60,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """Builds, writes, compares; see `main` for what is returned and raised."""
+    """Builds the model, writes the file and compares; see `main` for the result."""
     require_packages()
     tolerance = Tolerance(args.box_tolerance, args.score_tolerance)
     size = tuple(args.size)
-    # What makes PyTorch fast is not for the file, and would only blur the comparison.
+    # Options that speed up PyTorch do not reach the file and would only blur the comparison.
     fixed = ["MODEL.DEVICE", "cpu", "MODEL.COMPILE", "False", "MODEL.INFERENCE_DTYPE", "float32"]
     cfg = load_config(str(find_config(args.config_file)), [*args.opts, *fixed])
     if args.weights:
@@ -115,7 +116,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def print_problems(problems: Sequence[str], rejected: Path) -> None:
-    """Prints why a file was rejected; without problems, that trained weights are missing."""
+    """Prints the reasons for a rejection; without problems, that trained weights are missing."""
     for problem in problems:
         print(f"export: {problem}", file=sys.stderr)
     if problems:
@@ -140,7 +141,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--size", required=True, type=int, nargs=2, metavar=("H", "W"), help="pixels of the input")
     add("--batch", type=batch_size, default=1, help="images of a batch, or 'dynamic' (default 1)")
     add("--opset", type=int, help="version of the ONNX operators (default: torch's choice)")
-    add("--images", type=Path, metavar="DIR", help="compare on its first 16 pictures as well")
+    add("--images", type=Path, metavar="DIR", help="compare on its first 16 images as well")
     add(
         "--box-tolerance",
         type=float,
@@ -154,10 +155,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def batch_size(text: str) -> int | None:
-    """A positive number, or None for "dynamic".
+    """Parses a positive number, or "dynamic" (None).
 
     Raises:
-        argparse.ArgumentTypeError: something else.
+        argparse.ArgumentTypeError: it is neither.
     """
     if text == "dynamic":
         return None

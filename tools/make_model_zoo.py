@@ -4,11 +4,11 @@
     python tools/make_model_zoo.py                    # after adding or changing a configuration
     python tools/make_model_zoo.py --recount          # after changing a model: count all again
     python tools/make_model_zoo.py --golden DIR       # and measure the numerical agreement again
-    python tools/make_model_zoo.py --check            # exit status 1 if anything is stale
+    python tools/make_model_zoo.py --check            # exit code 1 if anything is stale
 
 Parameters and multiply-adds come from `tools/analyze.py`, agreement from the comparisons of
 `tools/verify.py`, claims from `asag/model_zoo/published.json`, results of packaged weights from
-their own records. Nothing in the two outputs is typed.
+their own records. No figure in the two outputs is written by hand.
 """
 
 from __future__ import annotations
@@ -22,19 +22,18 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+from asag import load_config, model_zoo
+from asag.files import atomic_writer
+from asag.model_zoo.entries import FOLDER, Entry, read
 
-from asag import load_config, model_zoo  # noqa: E402
-from asag.files import atomic_writer  # noqa: E402
-from asag.model_zoo.entries import FOLDER, Entry, read  # noqa: E402
+import analyze
+import torch
+from analysis.free_convolutions import free_convolutions
+from checkout import ROOT, import_from_tests
+from detectron2.config import CfgNode
+from zoo.model_zoo_page import render
 
-import analyze  # noqa: E402
-import torch  # noqa: E402
-import verify  # noqa: E402
-from detectron2.config import CfgNode  # noqa: E402
-from free_convolutions import free_convolutions  # noqa: E402
-from model_zoo_page import render  # noqa: E402
+verify = import_from_tests("conformance.runner")
 
 FIGURES = FOLDER / "figures.json"
 PAGE = ROOT / "MODEL_ZOO.md"
@@ -44,13 +43,13 @@ Figures = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recount", action="store_true", help="count unchanged models as well")
     parser.add_argument("--golden", type=Path, metavar="DIR", help="reference tensors to compare")
-    parser.add_argument("--check", action="store_true", help="write nothing, say what is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing, list what is stale")
     options = parser.parse_args(arguments)
     old = read(FIGURES.name)
     if options.check:
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     agreement = measure_agreement(options.golden) if options.golden else old.get("agreement", {})
     known = {} if options.recount else old.get("models", {})
     new: Figures = {"agreement": agreement, "models": dict(known)}
-    for new["models"] in count_all(known, print):  # an interrupted job goes on where it was
+    for new["models"] in count_all(known, print):  # an interrupted job continues where it stopped
         with atomic_writer(FIGURES) as file:
             file.write(json.dumps(new, indent=1, sort_keys=True) + "\n")
     with atomic_writer(PAGE) as file:
@@ -69,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def stale(figures: Figures) -> list[str]:
-    """What does not fit the configurations and data of now; nothing is built or counted."""
+    """Lists figures that do not fit the current configurations; nothing is built or counted."""
     models = figures.get("models", {})
     entries = counted_entries()
     issues = [f"{name}: not counted yet" for name in entries if name not in models]
@@ -87,7 +86,7 @@ def stale(figures: Figures) -> list[str]:
 
 
 def page(figures: Figures) -> str:
-    """The text of MODEL_ZOO.md."""
+    """Returns the text of MODEL_ZOO.md."""
     entries = [model_zoo.entry(name) for name in model_zoo.names()]
     return render(entries, figures, read("published.json")["sources"])
 
@@ -102,14 +101,14 @@ def counted_entries() -> dict[str, Entry]:
 def count_all(
     known: Mapping[str, Figures], say: Callable[[str], None]
 ) -> Iterator[dict[str, Figures]]:
-    """Figures of all names; those whose model has not changed since `known` are kept.
+    """Counts all models; figures whose model has not changed since `known` are kept.
 
     Args:
         known: earlier figures by name.
-        say: is told what is counted.
+        say: called with a message before each count.
 
     Yields:
-        What is known so far, after each count; complete at last.
+        The figures by name so far, after each count; complete at the end.
     """
     counted = {
         (x["model_fingerprint"], x["input"]): {k: x[k] for k in COUNTED}
@@ -132,10 +131,10 @@ def count_all(
 
 
 def recipe_facts(entry: Entry) -> Figures:
-    """What a configuration itself says, and fingerprints that change when it does.
+    """Returns facts of a configuration, and fingerprints that change when it does.
 
-    Fingerprints are of what the yaml files and options say, not of the library's defaults, so that
-    a new key with its default makes nothing stale.
+    Fingerprints cover the yaml files and options, not the library's defaults, so that a new key
+    with its default makes nothing stale.
     """
     cfg = load_config(str(entry.config), entry.options)
     said = CfgNode.load_yaml_with_base(str(entry.config))
@@ -150,20 +149,20 @@ def recipe_facts(entry: Entry) -> Figures:
 
 
 def fingerprint(content: Any) -> str:
-    """First digits of a hash of plain values."""
+    """Returns the first digits of a hash of plain values."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def queries(cfg: CfgNode) -> int | list[int]:
-    """Queries of an image, or the least and largest number where the image decides."""
+    """Returns the number of queries, or its minimum and maximum where it depends on the image."""
     if cfg.MODEL.PROPOSAL_GENERATOR.NAME == "AdaptiveSparseAnchors":
         return [cfg.MODEL.ASAG.MIN_ANCHORS, cfg.MODEL.ASAG.MAX_ANCHORS]
     return cfg.MODEL.PROPOSAL_GENERATOR.NUM_QUERIES
 
 
 def input_size(cfg: CfgNode) -> tuple[int, int]:
-    """Height and width in pixels at which the multiply-adds are counted."""
+    """Returns height and width in pixels at which the multiply-adds are counted."""
     if cfg.INPUT.MIN_SIZE_TEST == 800:
         return FULL_SIZE
     return cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
@@ -173,7 +172,7 @@ COUNTED = ("parameters", "deployed_parameters", "gmacs", "gflops")
 
 
 def count(entry: Entry, exact: bool = False) -> Figures:
-    """Builds the model and counts.
+    """Builds the model and counts parameters and operations.
 
     Args:
         entry: of the zoo.
@@ -201,7 +200,7 @@ def count(entry: Entry, exact: bool = False) -> Figures:
 
 
 def measure_agreement(folder: Path) -> dict[str, Figures]:
-    """Every reference case compared with this library's modules.
+    """Compares every reference case with this library's modules.
 
     Args:
         folder: of suites, as `tools/verify.py` takes it.
@@ -230,7 +229,7 @@ def measure_agreement(folder: Path) -> dict[str, Figures]:
 
 
 def summary(checks: Iterator[tuple[Any, ...]]) -> Figures:
-    """Numbers of the comparisons of one case."""
+    """Summarizes the comparisons of one case."""
     found: Figures = {"comparisons": 0, "failed": 0, "values": None, "gradients": None}
     for check in (verify.Check(*item) for item in checks):
         error, good = verify.compare(check)

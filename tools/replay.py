@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Runs a training step with NaN or infinite numbers again, and shows where they come up.
+"""Repeats a training step with non-finite numbers and names the module where they appear first.
 
     python tools/replay.py OUTPUT_DIR/non_finite_0001234.pth
 
-A training writes the file when it meets such a step: its images, the weights before it, and the
-random state. Exit code 0: the step came out as in the training; 1: it did not; 2: no such file.
+Training writes the file at such a step: its images, the weights before it, and the random state.
+Exit code 0: the step has the same result as in training; 1: it has another; 2: there is no such
+file.
 """
 
 from __future__ import annotations
@@ -14,19 +15,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from asag.diagnostics.replay import load_step, replay, report  # noqa: E402
+from asag.diagnostics.replay import load_step, replay, report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="non_finite_<iteration>.pth")
-    parser.add_argument("--device", help="cpu or cuda; default: as in the training, if it is here")
+    parser.add_argument("--device", help="cpu or cuda; default: as in training, if available")
     args = parser.parse_args(arguments)
     try:
         state = load_step(args.file)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""One HTML page about a training: results, curves, best and worst images, data, configuration.
+"""Writes an HTML report of a run: results, curves, best and worst images, data, configuration.
 
     python tools/report.py output/run
-    python tools/report.py output/run --weights output/run/model_0004999.pth --output looked.html
+    python tools/report.py output/run --weights output/run/model_0004999.pth --output report.html
 
-A training writes the page by itself at its end (TEST.REPORT); this writes it anew, also for a run
-that was interrupted. A run that has not been evaluated is evaluated first.
+Training writes the page at its end (TEST.REPORT); this tool writes it again, also for a run that
+was interrupted. A run that has not been evaluated is evaluated first.
 """
 
 from __future__ import annotations
@@ -18,28 +18,25 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from asag.checkpoint.loading import load_weights
+from asag.data import register_dataset
+from asag.data.errors import DatasetError
+from asag.engine.trainer import Trainer
+from asag.model_zoo.loading import RUN_WEIGHTS, choose_device
+from asag.report import REPORT_FILE, Run, RunFolderError, write_report
 
-from asag.checkpoint.loading import load_weights  # noqa: E402
-from asag.data import register_dataset  # noqa: E402
-from asag.data.errors import DatasetError  # noqa: E402
-from asag.engine.trainer import Trainer  # noqa: E402
-from asag.model_zoo.loading import RUN_WEIGHTS, choose_device  # noqa: E402
-from asag.report import REPORT_FILE, Run, RunFolderError, write_report  # noqa: E402
-
-from detectron2.config import CfgNode  # noqa: E402
-from detectron2.data import DatasetCatalog  # noqa: E402
-from detectron2.evaluation.testing import flatten_results_dict  # noqa: E402
-from torch import nn  # noqa: E402
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation.testing import flatten_results_dict
+from torch import nn
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the parser of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="OUTPUT_DIR of a training")
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="OUTPUT_DIR of a run")
     parser.add_argument(
         "--weights",
         type=Path,
@@ -67,18 +64,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def make_report(args: argparse.Namespace) -> Path:
-    """Writes the report that the command line asks for.
+    """Writes the report.
 
     Raises:
-        RunFolderError: the folder is not that of a training, or lacks something.
-        ValueError: weights, detections and data do not fit each other.
+        RunFolderError: the folder is not that of a run, or a part of it is missing.
+        ValueError: weights, detections and data do not match.
         OSError: a file cannot be read or written.
     """
     if args.max_images < 0:
         raise ValueError(f"--max-images is {args.max_images}; it must be at least 0")
     run = Run.read(args.run)
     _register(run, args.data, args.val_fraction)
-    cfg = run.cfg.clone()  # the page shows the run's own
+    cfg = run.cfg.clone()  # the page shows those of the run
     cfg.MODEL.DEVICE = choose_device(args.device)
     cfg.MODEL.COMPILE = False
     cfg.TEST.NUM_PICTURES = 0
@@ -96,7 +93,7 @@ def make_report(args: argparse.Namespace) -> Path:
         )
     with contextlib.ExitStack() as stack:
         folder = args.run
-        if args.weights:  # leave the run's own detections alone
+        if args.weights:  # keep the detections of the run
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="report_")))
         cfg.OUTPUT_DIR = str(folder)
         results = flatten_results_dict(Trainer.test(cfg, model))
@@ -112,7 +109,7 @@ def make_report(args: argparse.Namespace) -> Path:
 
 
 def _register(run: Run, data: Path | None, val_fraction: float | None) -> None:
-    """Makes the run's data sets known: those below --data, else where run.json says they are."""
+    """Registers the data sets of the run: those of --data, else those recorded in run.json."""
     if data is not None:
         train, test = run.cfg.DATASETS.TRAIN, run.cfg.DATASETS.TEST
         name = train[0].removesuffix("_train") if train else data.name
@@ -134,7 +131,7 @@ def _register(run: Run, data: Path | None, val_fraction: float | None) -> None:
 def _model(
     run: Run, cfg: CfgNode, weights: Path | None, *, needed_for: Sequence[str]
 ) -> nn.Module | None:
-    """The run's model on MODEL.DEVICE of `cfg`; None where there are no weights and no need."""
+    """Builds the model of the run on MODEL.DEVICE; None if there are no weights and no need."""
     file = weights or weights_file(run.folder)
     if file is None:
         if needed_for:
@@ -151,8 +148,11 @@ def _model(
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The latest checkpoint of a run, by the mark that resuming goes by; where there is no mark the
-    final weights, else those of the most iterations, else the best."""
+    """Returns the latest checkpoint of a run.
+
+    The file `last_checkpoint` names it; without that file it is the final weights, else those of
+    the most iterations, else the best.
+    """
     mark = folder / "last_checkpoint"
     marked = [folder / mark.read_text(encoding="utf-8").strip()] if mark.is_file() else []
     checkpoints = sorted(folder.glob("model_[0-9]*.pth"))[-1:]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains variants of a detector at equal budget with several seeds, and tabulates what they reach.
+"""Trains variants of a detector at equal budget with several seeds and tabulates the results.
 
 A study is a yaml file:
 
@@ -15,9 +15,9 @@ A study is a yaml file:
       cells: {folder: path/to/bccd, options: {SOLVER.EPOCHS: 10}}
     per_stage: true                                     # also the AP of each stage's predictions
 
-Runs are independent processes, a few at a time, each with one thread. A finished run is not
-repeated, an interrupted one is resumed, and a failed one does not stop the others. OUTPUT holds one
-folder a run, `results.json` and `table.md`.
+Runs are independent processes, --jobs at a time, each with one thread. A finished run is not
+repeated, an interrupted one is resumed, and a failed one does not stop the others. OUTPUT gets a
+folder for each run, `results.json` and `table.md`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DEFAULT_METRICS = ("AP", "AP50", "AP75", "mMR", "Recall")
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a variant on a data set with a seed."""
+    """One run: a variant on a data set with a seed."""
 
     data: str
     variant: str
@@ -59,7 +59,7 @@ class Run:
 
 
 def read_study(path: Path) -> dict[str, Any]:
-    """Reads a study.
+    """Reads the file of a study.
 
     Raises:
         ValueError: a key is missing, unknown or empty, or the configuration does not exist.
@@ -71,7 +71,7 @@ def read_study(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known are {sorted(STUDY_KEYS)}")
     if missing := [key for key in sorted(REQUIRED) if not study.get(key)]:
         raise ValueError(f"{path}: missing or empty keys {missing}")
-    for key in ("variants", "data"):  # "plain:" with nothing behind it is the plain variant
+    for key in ("variants", "data"):  # a variant without overrides is empty in yaml
         study[key] = {name: value or {} for name, value in study[key].items()}
     for options in (study, *study["variants"].values()):
         config = options.setdefault("config", study["config"])
@@ -81,7 +81,7 @@ def read_study(path: Path) -> dict[str, Any]:
 
 
 def plan_runs(study: dict[str, Any], output: Path) -> list[Run]:
-    """All runs, seeds outermost, so that an early stop still compares every variant."""
+    """Lists all runs, seeds outermost, so that an unfinished study compares every variant."""
     runs = []
     for seed, (data, where), (variant, options) in itertools.product(
         study["seeds"], study["data"].items(), study["variants"].items()
@@ -103,7 +103,7 @@ def plan_runs(study: dict[str, Any], output: Path) -> list[Run]:
 
 
 def last_metrics(folder: Path) -> dict[str, float]:
-    """The evaluation at the end of a run's `metrics.json`; empty if the run broke off before it."""
+    """Reads the final evaluation from `metrics.json`; empty if the run ended before it."""
     lines = (folder / "metrics.json").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     end = max((record["iteration"] for record in records), default=0)
@@ -118,7 +118,7 @@ def run_script(script: str, arguments: list[str], log: Path) -> None:
     """Runs a script of this checkout with one thread.
 
     Raises:
-        RuntimeError: it failed; the message ends like its log.
+        RuntimeError: it failed; the message has the end of its log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -131,9 +131,11 @@ def run_script(script: str, arguments: list[str], log: Path) -> None:
 
 
 def execute(run: Run, per_stage: bool) -> None:
-    """Trains and evaluates a run unless its result is there already.
+    """Trains and evaluates a run unless its result exists.
 
-    `per_stage` also evaluates the detector cut off after each stage.
+    Args:
+        run: the run.
+        per_stage: evaluate the detector after each of its stages as well.
     """
     if run.result_file.is_file():
         return
@@ -141,7 +143,7 @@ def execute(run: Run, per_stage: bool) -> None:
     result: dict[str, Any] = {"metrics": last_metrics(run.folder)}
     if per_stage:
         result["per_stage"] = evaluate(run)
-    if not result["metrics"]:  # broken off between the last step and its evaluation
+    if not result["metrics"]:  # ended between the last step and its evaluation
         result["metrics"] = (result.get("per_stage") or evaluate(run, "--last-only"))[-1]
     partial = run.result_file.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1))
@@ -150,11 +152,11 @@ def execute(run: Run, per_stage: bool) -> None:
 
 
 def evaluate(run: Run, *options: str) -> list[dict[str, float]]:
-    """Metrics of the trained detector by stage, see `tools/stage_metrics.py`."""
+    """Evaluates the trained detector by stage, see `tools/analysis/stage_metrics.py`."""
     output = run.folder / "stages.json"
     weights = ["MODEL.WEIGHTS", str(run.folder / "model_final.pth")]
     arguments = ["--output", str(output), *options, *run.command, *weights]
-    run_script("tools/stage_metrics.py", arguments, run.folder / "study.log")
+    run_script("tools/analysis/stage_metrics.py", arguments, run.folder / "study.log")
     return json.loads(output.read_text())
 
 
@@ -173,13 +175,13 @@ def execute_all(runs: list[Run], per_stage: bool, jobs: int) -> list[str]:
 
 
 def summarize(values: list[float]) -> str:
-    """Mean and sample standard deviation."""
+    """Formats mean and sample standard deviation."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
 def tabulate(runs: list[Run], metrics: list[str]) -> tuple[dict[str, Any], str]:
-    """Results by data set and variant, and a markdown table of mean ± spread over the seeds."""
+    """Collects results by data set and variant, with a markdown table of mean ± std over seeds."""
     results: dict[str, Any] = {}
     for run in runs:
         if run.result_file.is_file():
@@ -215,7 +217,7 @@ def _stage_table(data: str, variants: dict[str, Any]) -> list[str]:
 
 
 def choose_runs(runs: list[Run], chosen: dict[str, list[Any] | None]) -> list[Run]:
-    """Those whose field has one of the values given for it.
+    """Selects the runs whose fields have one of the given values.
 
     Raises:
         ValueError: no run has such a value.
@@ -232,7 +234,7 @@ def choose_runs(runs: list[Run], chosen: dict[str, list[Any] | None]) -> list[Ru
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 1 if a run failed, 2 for mistakes in the study."""
+    """Runs the command line; returns the exit code: 1 if a run failed, 2 if the study is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""ONNX files of trained detectors, trusted only after they gave the same detections."""
+"""Export of trained detectors to ONNX, and comparison of the file with the detector."""
 
 from .check import Agreement, Tolerance, check_onnx
 from .detector import ExportableDetector

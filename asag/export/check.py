@@ -1,9 +1,9 @@
-"""Whether an ONNX file finds what the detector finds that it was made from.
+"""Comparison of an ONNX file with the detector that it was exported from.
 
-Compared are the answers to whole pictures: of the file, run by onnxruntime, and of the detector as
-it stands in PyTorch, with its own preprocessing and its own choice of detections.
+The detections of whole images are compared: those of the file, run by onnxruntime, and those of the
+detector in PyTorch with its own preprocessing and postprocessing.
 
-B images, D detections an image.
+B images, D detections of an image.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ..modeling.meta_arch import SparseDetector
 from .detector import OUTPUTS
 from .onnx_file import INPUT, ExportError, require_packages
 
-FORBIDDEN = 1e6  # cost of a pair that is further apart than the tolerance allows
-DYNAMIC_BATCHES = (1, 3)  # sizes tried in turn where the batch is not fixed
+FORBIDDEN = 1e6  # cost of a pair outside of the tolerance
+DYNAMIC_BATCHES = (1, 3)  # batch sizes of a file without a fixed one
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two runtimes may differ, which add in another order.
+    """Allowed difference of two runtimes, which sum in different orders.
 
     Attributes:
         box: pixels, of each coordinate.
@@ -42,8 +42,8 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Detections of one picture: boxes_xyxy (D, 4) in pixels, scores (D,) falling, labels (D,)."""
+class ImageDetections:
+    """Detections of one image: boxes_xyxy (D, 4) in pixels, scores (D,) descending, labels (D,)."""
 
     boxes_xyxy: np.ndarray
     scores: np.ndarray
@@ -52,13 +52,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What the comparison of some pictures came to.
+    """Result of the comparison of some images.
 
     Attributes:
-        pictures, detections: how many were compared.
-        box: largest difference of a coordinate of two detections that belong together, pixels.
+        pictures, detections: numbers of compared images and detections.
+        box: largest difference of a coordinate of two paired detections, pixels.
         score: largest difference of their scores.
-        problems: a sentence for each picture whose detections do not agree.
+        problems: a sentence for each image whose detections do not agree.
     """
 
     pictures: int
@@ -74,20 +74,20 @@ def check_onnx(
     pictures: Mapping[str, np.ndarray],
     tolerance: Tolerance | None = None,
 ) -> Agreement:
-    """Runs the file and the detector on pictures and compares what they find.
+    """Runs the file and the detector on images and compares their detections.
 
     Args:
         path: ONNX file.
-        model: the detector that it was made from, in evaluation mode.
+        model: the detector that it was exported from, in evaluation mode.
         pictures: name -> (H, W, 3) uint8 RGB, all of the file's size.
         tolerance: None takes the default.
 
     Raises:
         ExportError: onnxruntime cannot run the file.
-        ValueError: no pictures.
+        ValueError: there are no images.
     """
     if not pictures:
-        raise ValueError("nothing to compare on: no pictures")
+        raise ValueError("no images to compare on; pass at least one")
     tolerance = tolerance or Tolerance()
     expected = [detect(model, x) for x in pictures.values()]
     found, slots = run_onnx(path, list(pictures.values()))
@@ -108,17 +108,17 @@ def check_onnx(
 
 
 @torch.no_grad()
-def detect(model: SparseDetector, picture: np.ndarray) -> Found:
-    """What the detector itself finds in an (H, W, 3) RGB picture."""
+def detect(model: SparseDetector, picture: np.ndarray) -> ImageDetections:
+    """Returns the detections of the detector in an (H, W, 3) RGB image."""
     image = torch.tensor(picture).permute(2, 0, 1)
     (output,) = model([{"image": image.flip(0) if model.input_format == "BGR" else image}])
     found = output["instances"].to("cpu")
     fields = (found.pred_boxes.tensor, found.scores, found.pred_classes)
-    return Found(*(x.numpy() for x in fields))
+    return ImageDetections(*(x.numpy() for x in fields))
 
 
-def run_onnx(path: Path, pictures: list[np.ndarray]) -> tuple[list[Found], int]:
-    """What the file finds in each picture, and how many slots it has for it.
+def run_onnx(path: Path, pictures: list[np.ndarray]) -> tuple[list[ImageDetections], int]:
+    """Returns the detections of the file in each image, and its number of slots.
 
     Raises:
         ExportError: onnxruntime cannot run the file.
@@ -128,7 +128,7 @@ def run_onnx(path: Path, pictures: list[np.ndarray]) -> tuple[list[Found], int]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors; warnings are of constants that could be folded
+    options.log_severity_level = 3  # errors; warnings are about constants to be folded
     found, slots = [], 0
     try:
         session = onnxruntime.InferenceSession(
@@ -139,15 +139,15 @@ def run_onnx(path: Path, pictures: list[np.ndarray]) -> tuple[list[Found], int]:
             outputs = session.run(list(OUTPUTS), {INPUT: images})
             slots = outputs[1].shape[1]
             for boxes, scores, labels, valid in list(zip(*outputs, strict=True))[:count]:
-                found.append(Found(boxes[valid], scores[valid], labels[valid]))
-    except Exception as error:  # onnxruntime's exceptions have no common base
+                found.append(ImageDetections(boxes[valid], scores[valid], labels[valid]))
+    except Exception as error:  # the exceptions of onnxruntime have no common base
         raise ExportError(f"onnxruntime cannot run {path}: {error}") from error
     return found, slots
 
 
 def _batches(pictures: list[np.ndarray], batch: int | None) -> Iterator[tuple[np.ndarray, int]]:
-    """(B, 3, H, W) float32 and how many of the B are wanted; the last picture fills a fixed
-    batch."""
+    """Yields (B, 3, H, W) float32 and the number of images in it; the last image is repeated to
+    fill a fixed batch."""
     images = np.stack(pictures).transpose(0, 3, 1, 2).astype(np.float32)
     start = turn = 0
     while start < len(images):
@@ -159,24 +159,24 @@ def _batches(pictures: list[np.ndarray], batch: int | None) -> Iterator[tuple[np
 
 
 def compare(
-    ours: Found, theirs: Found, tolerance: Tolerance, slots: int
+    ours: ImageDetections, theirs: ImageDetections, tolerance: Tolerance, slots: int
 ) -> tuple[float, float, str | None]:
-    """Pairs the detections of two runtimes and says how far they are apart.
+    """Pairs the detections of two runtimes and computes their differences.
 
-    Both lists fall by score, but equal scores have no order, and a rounding error swaps scores that
-    are nearly equal. So detections are paired one to one such that as many pairs as possible agree
-    in label, score and box; what has no partner is a disagreement. Excused are detections that a
-    rounding error may take out of a list: those scored like the last of a list without free slots,
-    and those on the border of the image that are thinner than the tolerance.
+    Both lists are sorted by score, but rounding errors swap nearly equal scores. Detections are
+    therefore paired one to one such that as many pairs as possible agree in label, score and box; a
+    detection without partner is a disagreement. Detections that a rounding error may remove from a
+    list are excepted: those with the score of the last one in a list without free slots, and those
+    at the image border that are thinner than the tolerance.
 
     Args:
-        ours, theirs: detections of one picture.
-        tolerance: within which a pair agrees.
-        slots: detections that a picture has at most.
+        ours, theirs: detections of one image.
+        tolerance: for a pair to agree.
+        slots: maximum number of detections of an image.
 
     Returns:
         Largest difference of the boxes in pixels and of the scores among pairs of equal label, and
-        what is wrong, or None.
+        a description of the disagreement or None.
     """
     if not np.isfinite(theirs.boxes_xyxy).all() or not np.isfinite(theirs.scores).all():
         return np.inf, np.inf, "boxes or scores are not finite"
@@ -205,7 +205,7 @@ def compare(
 
 
 def _inexcusable(
-    found: Found, without_partner: np.ndarray, tolerance: Tolerance, slots: int
+    found: ImageDetections, without_partner: np.ndarray, tolerance: Tolerance, slots: int
 ) -> list[int]:
     size = found.boxes_xyxy[:, 2:] - found.boxes_xyxy[:, :2]
     excused = (size <= 2 * tolerance.box).any(axis=-1)
@@ -214,6 +214,6 @@ def _inexcusable(
     return [int(i) for i in without_partner if not excused[i]]
 
 
-def _name(found: Found, i: int) -> str:
+def _name(found: ImageDetections, i: int) -> str:
     box = ", ".join(f"{x:.2f}" for x in found.boxes_xyxy[i])
     return f"label {found.labels[i]}, score {found.scores[i]:.4f}, box {box}"

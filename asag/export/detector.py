@@ -1,6 +1,6 @@
-"""A detector as a function of one tensor, which is what other runtimes ask for.
+"""Detector as a function of one tensor, for export to other runtimes.
 
-B images, H x W their one size, D detections an image.
+B images of the same size H x W, D detections of an image.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ OUTPUTS = ("boxes_xyxy", "scores", "labels", "valid")
 
 
 class ExportableDetector(nn.Module):
-    """Images of one size -> a fixed number of slots for detections, with all that stands around
-    the network inside: color order, normalization, choice of the best, suppression, clipping.
+    """Maps images of one size to a fixed number of slots for detections.
 
-    The whole image counts: nothing of it is padding.
+    Color order, normalization, selection, suppression and clipping are included. The images have no
+    padding.
     """
 
     def __init__(self, model: SparseDetector, size: tuple[int, int]) -> None:
         """
         Args:
-            model: with its final weights; it is copied and left as it is.
+            model: with its final weights; it is copied, not modified.
             size: height and width of the images.
 
         Raises:
-            ValueError: a size that the backbone would pad, or a model whose shapes depend on what
-                is in the image; the message names the size or the configuration keys to change.
+            ValueError: the backbone would pad this size, or shapes depend on the content of the
+                image; the message names the size or the configuration keys to change.
         """
         super().__init__()
         _check_size(size, model.backbone.size_divisibility or 1)
@@ -53,14 +53,14 @@ class ExportableDetector(nn.Module):
 
         Returns:
             Boxes (B, D, 4) xyxy in pixels of the images, clipped to them if the model clips its
-            own (MODEL.CLIP_BOXES); scores (B, D), falling; labels (B, D) int64; valid (B, D) bool.
-            Slots without a detection come last, with box and score 0 and label -1.
+            own (MODEL.CLIP_BOXES); scores (B, D) descending; labels (B, D) int64; valid (B, D)
+            bool. Slots without a detection come last, with box and score 0 and label -1.
         """
         model = self.model
         if model.input_format == "BGR":
             images = images.flip(1)
         normalized = (images - model.pixel_mean) / model.pixel_std
-        # One size on the host stands for all images of the batch, however many these are.
+        # One size on the host holds for all images.
         sizes = ImageSizes(self.whwh.expand(images.shape[0], 4), (self.size,), self.size)
         predictions, _ = model.forward_stages(normalized, sizes)
         scores, boxes, labels = top_candidates(predictions, model.top_k, model.softmax)

@@ -1,4 +1,4 @@
-"""From a detector to an ONNX file, through `torch.export`."""
+"""Writing of ONNX files through `torch.export`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .detector import OUTPUTS, ExportableDetector
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUT = "images"
-MAX_BATCH = 1024  # of a batch that is not fixed; torch asks for a bound, the file has none
+MAX_BATCH = 1024  # of a dynamic batch; torch requires a bound, the file has none
 
 
 class ExportError(RuntimeError):
-    """The model cannot be exported as asked for; the message says why."""
+    """The model cannot be exported; the message says why."""
 
 
 def require_packages() -> None:
-    """Raises ExportError where a package is missing or torch is too old."""
+    """Raises ExportError if a package is missing or torch is too old."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"export needs {', '.join(missing)}: pip install asag[export]")
@@ -36,7 +36,7 @@ def require_packages() -> None:
 def describe(
     cfg: CfgNode, *, config_name: str, class_names: Sequence[str], version: str
 ) -> dict[str, str]:
-    """What an ONNX file should say of its model, beside what `export_onnx` adds.
+    """Returns metadata of a model, in addition to those of `export_onnx`.
 
     Args:
         cfg: of the model.
@@ -60,14 +60,13 @@ def export_onnx(
     opset: int | None = None,
     description: dict[str, str] | None = None,
 ) -> None:
-    """Writes one file with graph, weights and metadata. It has not been compared with anything:
-    that is `check_onnx`.
+    """Writes one file with graph, weights and metadata; `check_onnx` verifies it.
 
     Args:
-        detector: what to write.
+        detector: the model to write.
         path: of the file.
-        batch: images of a batch; None leaves it to the caller of the file.
-        opset: version of the ONNX operators; None takes torch's choice.
+        batch: images of a batch; None: dynamic.
+        opset: version of the ONNX operators; None: the default of torch.
         description: further metadata.
 
     Raises:
@@ -78,7 +77,7 @@ def export_onnx(
     images = torch.zeros(batch or 2, 3, *detector.size, device=device)
     free = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH)} if batch is None else None
     try:
-        # torch prints its progress; tracing inside of `no_grad` keeps changes of it from the graph.
+        # torch prints its progress; tracing inside of `no_grad` keeps grad mode out of the graph.
         with torch.no_grad(), redirect_stdout(io.StringIO()):
             program = torch.export.export(detector, (images,), dynamic_shapes=(free,), strict=False)
             onnx_program = torch.onnx.export(
@@ -91,7 +90,7 @@ def export_onnx(
                 custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
                 verbose=False,
             )
-    except Exception as error:  # torch.export and its many parts raise a dozen kinds
+    except Exception as error:  # torch.export raises many kinds of exceptions
         hint = "; a fixed batch asks less of it" if batch is None else ""
         raise ExportError(f"torch cannot export this model{hint}: {error}") from error
     metadata = _metadata(detector, batch) | (description or {})
@@ -116,13 +115,13 @@ def _metadata(detector: ExportableDetector, batch: int | None) -> dict[str, str]
 
 
 def _stable_sort() -> Any:
-    """Translation of torch's stable sort, which torch's own table lacks.
+    """Translates torch's stable sort, for which torch has no translation.
 
-    TopK of ONNX puts the lower index first among equal values: it is stable.
+    TopK of ONNX is stable: it puts the lower index first among equal values.
     """
     from onnxscript import opset18 as op
 
-    # Without types: torch would read them as those of ONNX.
+    # Without annotations, which torch would interpret as ONNX types.
     def sort(self, stable=None, dim=-1, descending=False):
         length = op.Gather(op.Shape(self), op.Constant(value_ints=[dim]), axis=0)
         return op.TopK(self, length, axis=dim, largest=int(descending), sorted=1)

@@ -1,4 +1,4 @@
-"""Pictures that an exported detector is tried on: (H, W, 3) uint8 RGB, all of one size."""
+"""Test images for an exported detector: (H, W, 3) uint8 RGB, all of one size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..inference.media import find_media
 def generated_pictures(
     size: tuple[int, int], *, noise: int = 2, scenes: int = 4, seed: int = 0
 ) -> dict[str, np.ndarray]:
-    """Noise, and scenes of the generated data set drawn in this size: name -> picture."""
+    """Returns noise, and scenes of the generated data set in this size, by name."""
     rng = np.random.default_rng(seed)
     pictures = {
         f"random pixels {i}": rng.integers(0, 256, (*size, 3), dtype=np.uint8) for i in range(noise)
@@ -38,15 +38,15 @@ def generated_pictures(
 
 
 def read_pictures(folder: Path, size: tuple[int, int], limit: int = 16) -> dict[str, np.ndarray]:
-    """The first pictures of a folder, stretched to the size: name -> picture.
+    """Reads the first images of a folder, resized to the size, by name.
 
     Raises:
-        FileNotFoundError: there is none.
-        ImageReadError: one cannot be read.
+        FileNotFoundError: the folder has no images.
+        ImageReadError: an image cannot be read.
     """
     files = [x for x in find_media([str(folder)])[0] if not x.is_video][:limit]
     if not files:
-        raise FileNotFoundError(f"no pictures in {folder}")
+        raise FileNotFoundError(f"no images in {folder}")
     height, width = size
     return {
         str(x.relative): np.array(

@@ -84,7 +84,7 @@ class Entry:
             since the configuration was added.
         weights: file of weights that comes with the library; None if there is none.
         training: how these weights were trained and what they reached, as
-            `tools/package_checkpoint.py` wrote it.
+            `tools/zoo/package_checkpoint.py` wrote it.
         release: weights that others published; None where none are known.
         recipe: whether the name is that of a configuration file.
     """

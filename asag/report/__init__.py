@@ -1,4 +1,4 @@
-"""The report of a training: one HTML page that needs nothing else."""
+"""Report of a run as a self-contained HTML page."""
 
 from .page import REPORT_FILE, write_report
 from .run import Run, RunFolderError, RunRecord

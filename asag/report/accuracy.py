@@ -1,4 +1,4 @@
-"""COCO's figures by class and size, and precision-recall curves, from a file of detections.
+"""COCO metrics by class and size, and precision-recall curves, from a file of detections.
 
 T IoU thresholds, R = 101 recall thresholds, K classes, A area ranges.
 """
@@ -26,8 +26,8 @@ class CocoAccuracy:
     """Interpolated precision of a detector at every recall.
 
     Attributes:
-        precision: (T, R, K, A), 0 to 1; -1 where a class has no objects of that size. With the 100
-            best detections an image and class.
+        precision: (T, R, K, A), 0 to 1; -1 where a class has no objects of that size. From
+            the 100 best detections of an image and class.
         ious: (T,) 0.5 to 0.95.
         recalls: (R,) 0 to 1.
         class_names: K names.
@@ -39,7 +39,7 @@ class CocoAccuracy:
     class_names: tuple[str, ...]
 
     def ap(self, *, label: int | None = None, area: str = "all", iou: float | None = None) -> float:
-        """Average precision in percent; NaN where there are no objects.
+        """Returns the average precision in percent; NaN if there are no objects.
 
         Args:
             label: index of the class; None is the mean of all.
@@ -52,9 +52,9 @@ class CocoAccuracy:
         return 100 * float(found.mean()) if found.size else float("nan")
 
     def curve(self, *, label: int | None = None, iou: float | None = None) -> np.ndarray:
-        """Precision at each of `recalls`, (R,) 0 to 1; NaN without objects.
+        """Returns the precision at each of `recalls`, (R,) 0 to 1; NaN without objects.
 
-        Arguments are those of `ap`. Classes without objects do not count in the mean.
+        Arguments are those of `ap`. Classes without objects are left out of the mean.
         """
         found = self._at(iou)[..., 0]
         found = found if label is None else found[..., [label]]
@@ -70,7 +70,7 @@ class CocoAccuracy:
 
 
 def read_detections(path: Path) -> list[dict[str, Any]]:
-    """A COCO result list.
+    """Reads a COCO result list.
 
     Raises:
         ValueError: the file is no such list.
@@ -93,16 +93,16 @@ def coco_accuracy(
     class_names: Sequence[str],
     labels: Mapping[int, int],
 ) -> CocoAccuracy | None:
-    """Evaluates detections.
+    """Evaluates detections with COCO's metrics.
 
     Args:
         json_file: annotations in COCO format.
-        detections: as `read_detections` gives them.
+        detections: see `read_detections`.
         class_names: K names.
         labels: category id -> index of the class.
 
     Returns:
-        None without detections, which COCO's code cannot evaluate.
+        The accuracy; None without detections, which COCO's code cannot evaluate.
     """
     if not detections:
         return None

@@ -1,4 +1,4 @@
-"""Ground truth of a data set as arrays, and what is in it.
+"""Ground truth of a data set as arrays, and its statistics.
 
 m objects of an image, K classes.
 """
@@ -24,8 +24,8 @@ class GroundTruth:
     Attributes:
         boxes_xyxy: (m, 4) float64, pixels of the original image.
         labels: (m,) int64, index of the class.
-        ignored: (m,) bool, crowd regions and difficult objects: finding them is neither right nor
-            wrong.
+        ignored: (m,) bool, crowd regions and difficult objects; detections of them are not
+            counted.
     """
 
     boxes_xyxy: np.ndarray
@@ -34,13 +34,13 @@ class GroundTruth:
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> GroundTruth:
-        """Annotations of one of Detectron2's dataset dicts."""
+        """Reads the annotations of one of Detectron2's dataset dicts."""
         annotations = entry.get("annotations", [])
         boxes = np.array([a["bbox"] for a in annotations], dtype=np.float64).reshape(-1, 4)
         modes = [BoxMode(a["bbox_mode"]) for a in annotations]
         for mode in {*modes} - {BoxMode.XYXY_ABS}:
             rows = [x is mode for x in modes]
-            if mode is BoxMode.XYWH_ABS:  # what COCO has; a hundred times as fast as `convert`
+            if mode is BoxMode.XYWH_ABS:  # the mode of COCO; a hundred times as fast as `convert`
                 boxes[rows, 2:] += boxes[rows, :2]
             else:
                 boxes[rows] = BoxMode.convert(boxes[rows], mode, BoxMode.XYXY_ABS)
@@ -59,7 +59,7 @@ class DatasetSummary:
     """Counts of a data set.
 
     Attributes:
-        images: all of them.
+        images: number of images.
         empty: images without objects.
         ignored: crowd regions and difficult objects, which do not count as objects.
         fullest: objects in the fullest image.
@@ -83,7 +83,7 @@ class DatasetSummary:
         boxes = np.concatenate([t.boxes_xyxy for t in (*gts, nothing)])[~ignored]
         labels = np.concatenate([t.labels for t in (*gts, nothing)])[~ignored]
         areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-        # COCO's ranges of areas share their ends; an object on one counts for the smaller size.
+        # Area ranges of COCO share their ends; an object on one counts for the smaller size.
         size = np.searchsorted((SMALL_AREA, MEDIUM_AREA), areas, side="left")
         counts = np.zeros((num_classes, len(SIZES)), dtype=np.int64)
         np.add.at(counts, (labels, size), 1)

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG that follows the page's colors, light or dark."""
+"""Line charts as inline SVG with the colors of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Points = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve.
+    """A curve.
 
     Attributes:
         name: for the legend.
-        points: (x, y), x rising.
+        points: (x, y), x ascending.
     """
 
     name: str
@@ -39,7 +39,7 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     level: int = 3,
 ) -> Html:
-    """A figure with heading, legend and drawing.
+    """Returns a figure with heading, legend and drawing.
 
     Args:
         title: heading of the figure.
@@ -74,8 +74,10 @@ def _finite(points: Points) -> Points:
 
 
 def thinned(points: Points, limit: int = MAX_POINTS) -> Points:
-    """At most `limit` points: the means of groups of neighbors of about equal size. The last point
-    stays as it is, because it is the result."""
+    """Reduces a curve to at most `limit` points by averaging neighbors.
+
+    The last point is kept, because it is the result.
+    """
     if len(points) <= limit:
         return points
     *body, last = points
@@ -88,7 +90,7 @@ def thinned(points: Points, limit: int = MAX_POINTS) -> Points:
 
 
 def describe(title: str, lines: Sequence[Line], x_label: str) -> str:
-    """The chart in words, for those who do not see it."""
+    """Describes the chart in words for screen readers."""
     parts = [
         f"{line.name}: from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
         for line in lines[:COLORS]
@@ -115,7 +117,7 @@ class _Axis:
         low, high = given or (min(values), max(values))
         if log:
             low, high = math.log10(low), math.log10(high)
-        if high - low < 1e-12 * max(1.0, abs(high)):  # one value only
+        if high - low < 1e-12 * max(1.0, abs(high)):  # a single value
             spread = 0.5 * abs(high) or 0.5
             low, high = low - spread, high + spread
         elif given is None:
@@ -126,11 +128,11 @@ class _Axis:
         return cls(low, high, log)
 
     def share(self, value: float) -> float:
-        """Where a value lies, 0 to 1."""
+        """Returns the relative position of a value, 0 to 1."""
         return ((math.log10(value) if self.log else value) - self.low) / (self.high - self.low)
 
-    def ticks(self, wanted: int) -> list[float]:
-        """Round values within the ends."""
+    def ticks(self, count: int) -> list[float]:
+        """Returns round values within the ends."""
         if self.log:
             decades = range(math.floor(self.low), math.ceil(self.high) + 1)
             for factors in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
@@ -138,21 +140,21 @@ class _Axis:
                 found = [x for x in found if self.low <= math.log10(x) <= self.high]
                 if len(found) >= 3:
                     return found[:: -(-len(found) // 8)]
-            return _Axis(10**self.low, 10**self.high, False).ticks(wanted)
-        step = _round_step((self.high - self.low) / wanted)
+            return _Axis(10**self.low, 10**self.high, False).ticks(count)
+        step = _round_step((self.high - self.low) / count)
         first = math.ceil(self.low / step - 1e-9)
         last = math.floor(self.high / step + 1e-9)
         return [i * step for i in range(first, last + 1)]
 
 
 def _round_step(raw: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is not below."""
+    """Rounds up to 1, 2, 2.5 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(raw))
     return next(f * power for f in (1, 2, 2.5, 5, 10) if f * power >= raw * (1 - 1e-9))
 
 
 def _place(x: float, y: float) -> tuple[float, float]:
-    """Shares of the axes -> units of the drawing."""
+    """Converts relative positions on the axes to units of the drawing."""
     return LEFT + x * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - y * (HEIGHT - TOP - BOTTOM)
 
 
@@ -178,7 +180,7 @@ def _tick(value: float) -> str:
 
 
 def _curve(line: Line, index: int, x_axis: _Axis, y_axis: _Axis) -> Html:
-    """The curve, with dots where there are few points: a single one has no line."""
+    """Draws the curve, with dots if it has few points, since a single point has no line."""
     places = [_place(x_axis.share(x), y_axis.share(y)) for x, y in line.points]
     corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     parts = [tag("polyline", points=corners)]

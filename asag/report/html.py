@@ -1,4 +1,4 @@
-"""Pieces of HTML, escaped by construction."""
+"""HTML elements, escaped by construction."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import html
 import math
 from collections.abc import Iterable, Sequence
 
-VOID = {"img", "meta", "wbr"}  # elements without an end
+VOID = {"img", "meta", "wbr"}  # elements without an end tag
 
 
 class Html(str):
-    """Text that is markup already. Plain strings become text."""
+    """Text that is markup already; plain strings are escaped."""
 
     __slots__ = ()
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Html:
-    """An element.
+    """Returns an element.
 
     Args:
         name: such as "p".
-        children: `Html` as it is, everything else as escaped text.
+        children: `Html` unchanged, everything else as escaped text.
         attributes: values are escaped; a trailing _ of the name is dropped (`class_`), others
             become hyphens; None leaves one out.
     """
@@ -35,13 +35,16 @@ def tag(name: str, /, *children: object, **attributes: object) -> Html:
 
 
 def join(*parts: object) -> Html:
-    """Parts one behind the other, text escaped."""
+    """Concatenates parts; text is escaped."""
     return Html("".join(x if isinstance(x, Html) else _escaped(x) for x in parts))
 
 
 def _escaped(value: object) -> str:
-    """Text for elements and quoted attributes; "?" for what UTF-8 cannot write, such as the bytes
-    of a file name in another encoding."""
+    """Escapes text for elements and quoted attributes.
+
+    Characters that UTF-8 cannot encode, such as bytes of a file name in another encoding, become
+    "?".
+    """
     return html.escape(str(value).encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -52,13 +55,13 @@ def table(
     caption: str,
     wide_text: bool = False,
 ) -> Html:
-    """A table whose first column names the rows.
+    """Returns a table whose first column names the rows.
 
     Args:
         header: of every column.
-        rows: cells; numbers are set to the right.
-        caption: what the table shows.
-        wide_text: cells hold words, which are set to the left and may break.
+        rows: cells; numbers are right-aligned.
+        caption: of the table.
+        wide_text: cells have words, which are left-aligned and may be broken.
     """
     head = tag("tr", *(tag("th", text, scope="col") for text in header))
     body = [
@@ -73,25 +76,25 @@ def table(
 
 
 def section(title: str, *children: object) -> Html:
-    """A part of the page with a heading that the table of contents points to."""
+    """Returns a section of the page, with a heading for the table of contents."""
     return tag("section", tag("h2", title), *children, id=anchor(title))
 
 
 def anchor(title: str) -> str:
-    """Id of a section."""
+    """Returns the id of a section."""
     return title.lower().replace(" ", "-")
 
 
 def note(*children: object) -> Html:
-    """A remark, such as why something is not shown."""
+    """Returns a remark, such as the reason for a missing part."""
     return tag("p", *children, class_="note")
 
 
 def details(summary: str, *children: object) -> Html:
-    """Something folded away."""
+    """Returns a collapsed part."""
     return tag("details", tag("summary", summary), *children)
 
 
 def number(value: float, digits: int = 1) -> str:
-    """A figure for a table; a dash where there is none."""
+    """Formats a number for a table; a dash if there is none."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"

@@ -1,4 +1,4 @@
-"""Which images a detector does best and worst on.
+"""Errors of a detector by image.
 
 n detections, m objects of an image.
 """
@@ -12,14 +12,14 @@ import numpy as np
 
 from .annotations import GroundTruth
 
-IOU = 0.5  # from which a detection of the right class has found an object
-PER_CLASS = 100  # detections of an image and class that count, as in COCO's evaluation
+IOU = 0.5  # from which a detection of the class matches an object
+PER_CLASS = 100  # counted detections of an image and class, as in COCO's evaluation
 WRONG, RIGHT, IGNORED = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Found:
-    """Detections of one image, by falling score.
+class ImageDetections:
+    """Detections of one image in descending order of score.
 
     Attributes:
         boxes_xyxy: (n, 4) float64, pixels of the original image.
@@ -38,9 +38,9 @@ class ImageErrors:
 
     Attributes:
         index: of the image.
-        found: objects that were found.
-        missed: objects that were not.
-        false: detections of nothing, or of an object that a better one has found already.
+        found: matched objects.
+        missed: unmatched objects.
+        false: detections without an object, or of an object that is matched already.
     """
 
     index: int
@@ -50,23 +50,25 @@ class ImageErrors:
 
     @property
     def errors(self) -> int:
-        """What images are ordered by: misses plus false positives."""
+        """Misses plus false positives, by which images are sorted."""
         return self.missed + self.false
 
 
-def judge(found: Found, gt: GroundTruth) -> np.ndarray:
-    """Whether each detection is right, by COCO's rule at an IoU of 0.5: from the best score on,
-    each takes the object of its class that it covers best among those not taken yet.
+def judge(found: ImageDetections, gt: GroundTruth) -> np.ndarray:
+    """Classifies each detection by COCO's rule at an IoU of 0.5.
+
+    In descending order of score, each detection takes the object of its class with the highest IoU
+    among those that are not taken yet.
 
     Returns:
-        (n,) of WRONG, RIGHT, or IGNORED for what lies in a crowd region or is beyond the 100 best
-        of a class.
+        (n,) of WRONG, RIGHT or IGNORED. Detections in a crowd region and those beyond the 100 best
+        of a class are ignored.
     """
     verdict = np.full(len(found.scores), WRONG)
     ious = overlaps(found.boxes_xyxy, gt.boxes_xyxy, gt.ignored)
     usable = (ious >= IOU) & (found.labels[:, None] == gt.labels[None])
     free = ~gt.ignored
-    # What overlaps nothing of its class is wrong without a closer look.
+    # Detections without overlap with their class are wrong; the loop skips them.
     for n in np.flatnonzero(usable.any(axis=1)):
         candidates = usable[n] & free
         if candidates.any():
@@ -80,7 +82,7 @@ def judge(found: Found, gt: GroundTruth) -> np.ndarray:
 
 
 def overlaps(boxes: np.ndarray, gt: np.ndarray, ignored: np.ndarray) -> np.ndarray:
-    """(n, m) IoU of xyxy boxes; for ignored regions the share of the detection that lies inside."""
+    """Computes the IoU (n, m); for ignored regions, the share of the detection inside."""
     corners = np.minimum(boxes[:, None, 2:], gt[None, :, 2:])
     sides = corners - np.maximum(boxes[:, None, :2], gt[None, :, :2])
     shared = sides.clip(min=0).prod(axis=-1)
@@ -91,30 +93,30 @@ def overlaps(boxes: np.ndarray, gt: np.ndarray, ignored: np.ndarray) -> np.ndarr
 
 
 def operating_point(scores: np.ndarray, right: np.ndarray, objects: int) -> tuple[float, float]:
-    """The score threshold with the highest F1, the harmonic mean of precision and recall.
+    """Finds the score threshold with the highest F1, the harmonic mean of precision and recall.
 
     Args:
-        scores: (n,) of all images' detections that are right or wrong.
+        scores: (n,) of the detections of all images, except ignored ones.
         right: (n,) bool.
         objects: in all images.
 
     Returns:
-        Threshold (detections scored equally count) and F1, 0 to 1; 1 and 0 where nothing is right.
+        Threshold (inclusive) and F1, 0 to 1; 1 and 0 if no detection is right.
     """
     if not right.any():
         return 1.0, 0.0
     order = np.argsort(-scores, kind="stable")
     scores, right = scores[order], right[order]
     f1 = 2 * right.cumsum() / (np.arange(1, len(scores) + 1) + objects)
-    f1[:-1][scores[:-1] == scores[1:]] = -1  # no threshold separates equal scores
+    f1[:-1][scores[:-1] == scores[1:]] = -1  # equal scores cannot be separated
     best = int(f1.argmax())
     return float(scores[best]), float(f1[best])
 
 
 def count_errors(
-    found: Sequence[Found], gts: Sequence[GroundTruth]
+    found: Sequence[ImageDetections], gts: Sequence[GroundTruth]
 ) -> tuple[list[ImageErrors], float, float]:
-    """Errors of every image at the best threshold of the data set.
+    """Counts the errors of every image at the best threshold of the data set.
 
     Args:
         found: detections of each image.
@@ -139,16 +141,15 @@ def count_errors(
 
 
 def best_and_worst(
-    counts: Sequence[ImageErrors], wanted: int
+    counts: Sequence[ImageErrors], requested: int
 ) -> tuple[list[ImageErrors], list[ImageErrors]]:
-    """At most `wanted` images each, none of them in both.
+    """Selects at most `requested` best and worst images, which are disjoint.
 
-    The worst have the most errors; of images with equally many, those where less was found come
-    first. The best have objects, and the fewest errors; of images with equally many, those where
-    more was found come first.
+    The worst have the most errors; ties are broken by fewer matched objects. The best have objects
+    and the fewest errors; ties are broken by more matched objects.
     """
     worst = sorted(counts, key=lambda x: (-x.errors, x.found))
-    worst = [x for x in worst if x.errors][:wanted]
+    worst = [x for x in worst if x.errors][:requested]
     taken = {x.index for x in worst}
     best = [x for x in counts if x.found and x.index not in taken]
-    return sorted(best, key=lambda x: (x.errors, -x.found))[:wanted], worst
+    return sorted(best, key=lambda x: (x.errors, -x.found))[:requested], worst

@@ -1,4 +1,4 @@
-"""Which queries answer for objects, by the model's own matcher.
+"""Statistics of the assignment of queries to objects, by the model's own matcher.
 
 B images, N queries, S stages, K classes, M padded ground truths.
 """
@@ -19,25 +19,25 @@ from ..data import SparseDetectionMapper
 from ..modeling.meta_arch import SparseDetector
 from ..structures import ImageSizes
 
-IMAGES = 64  # looked at, at most
-SECONDS = 20.0  # after which no further batch is begun
+IMAGES = 64  # maximum number of images
+SECONDS = 20.0  # after which no further batch is started
 BATCH = 4
-# Generators whose queries are parameters; others choose them anew in each image.
+# Generators whose queries are parameters; others derive them from each image.
 LASTING = ("LearnedProposals", "DynamicProposals", "ObjectQueries")
 
 
 @dataclass(frozen=True)
 class MatchingStatistics:
-    """What matching gives on some training images, as the model predicts in evaluation mode.
+    """Statistics of matching on some training images, with predictions in evaluation mode.
 
     Attributes:
-        images: looked at.
-        objects: in them.
+        images: number of images.
+        objects: number of their objects.
         queries: mean number of queries of an image.
-        positives: (S,) queries matched to an object, mean of the objects, of each stage.
+        positives: (S,) mean number of queries matched to an object, by stage.
         unmatched: (S,) share of objects without any query, 0 to 1.
-        matched: (N,) how often each query is matched in the last stage; None where queries are made
-            from the image, so that their numbers mean nothing.
+        matched: (N,) number of matches of each query in the last stage; None if queries are derived
+            from the image, so that their indices have no meaning.
         best_scored: queries that are, in some image, among the m best-scored of the last stage (m
             objects in that image); None as above.
     """
@@ -52,12 +52,12 @@ class MatchingStatistics:
 
     @property
     def used(self) -> int:
-        """Queries matched at least once."""
+        """Number of queries that are matched at least once."""
         return 0 if self.matched is None else int((self.matched > 0).sum())
 
 
 class _Counter:
-    """Sums over batches."""
+    """Accumulates sums over batches."""
 
     def __init__(self) -> None:
         self.images = self.objects = self.queries = 0
@@ -73,7 +73,7 @@ class _Counter:
         valid: np.ndarray,
         counts: Sequence[int],
     ) -> None:
-        """One batch.
+        """Adds one batch.
 
         Args:
             assignment: (S, B, N), -1 is background.
@@ -95,7 +95,7 @@ class _Counter:
         self.best += [row[:count] for row, count in zip(order, counts, strict=True)]
 
     def result(self, numbered: bool) -> MatchingStatistics:
-        """The statistics; `numbered`: query 7 of one image has to do with that of another."""
+        """Returns the statistics; `numbered`: query indices correspond between images."""
         objects = max(self.objects, 1)
         return MatchingStatistics(
             images=self.images,
@@ -119,29 +119,29 @@ def matching_statistics(
 ) -> MatchingStatistics | None:
     """Matches the model's predictions for training images, resized as for testing.
 
-    It draws no random numbers, talks to no other process and leaves the model as it was.
+    It draws no random numbers, does not communicate, and does not modify the model.
 
     Args:
         cfg: INPUT.*.
         model: the detector, not wrapped.
-        dataset_dicts: training images, of which some are taken, evenly spread.
-        images: to look at, at most.
-        seconds: after which no further batch is begun.
+        dataset_dicts: training images, which are sampled evenly.
+        images: maximum number of images.
+        seconds: after which no further batch is started.
 
     Returns:
-        None for a model that is no `SparseDetector`, or without images.
+        The statistics; None for a model that is no `SparseDetector`, or without images.
     """
     if not isinstance(model, SparseDetector) or not dataset_dicts:
         return None
     mapper = SparseDetectionMapper.without_augmentation(cfg)
-    wanted = min(images, len(dataset_dicts))
-    chosen = [dataset_dicts[i * len(dataset_dicts) // wanted] for i in range(wanted)]
+    count = min(images, len(dataset_dicts))
+    chosen = [dataset_dicts[i * len(dataset_dicts) // count] for i in range(count)]
     counter = _Counter()
     was_training = model.training
     model.eval()
     start = time.perf_counter()
     try:
-        for first in range(0, wanted, BATCH):
+        for first in range(0, count, BATCH):
             _add_batch(counter, model, [mapper(x) for x in chosen[first : first + BATCH]])
             if time.perf_counter() - start > seconds:
                 break

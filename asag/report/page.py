@@ -1,4 +1,4 @@
-"""The page: everything gathered, put together, written."""
+"""Assembly of the report page."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def write_report(
     out, and the page says so.
 
     Args:
-        run: the training's folder.
+        run: the folder of the run.
         output: file to write.
         model: with the run's weights, for the statistics of the matching; None leaves them out.
-        num_images: best and worst images, at most so many of each.
+        num_images: maximum number of best and of worst images.
         train_dicts: training images; default: those of DATASETS.TRAIN.
-        detections_folder: where another evaluation wrote its detections.
-        metrics: figures of that evaluation, `task/figure` -> percent.
-        weights: which ones that evaluation was made with.
+        detections_folder: folder with the detections of another evaluation.
+        metrics: figures of that evaluation in percent, by `task/figure`.
+        weights: file of the weights of that evaluation.
 
     Returns:
         `output`.
 
     Raises:
-        ValueError: a file of detections does not fit the data.
+        ValueError: a file of detections does not match the data.
         OSError: the file cannot be written.
     """
     remarks: list[str] = []
@@ -133,7 +133,7 @@ def _results(run: Run, folder: Path | None, remarks: list[str]) -> list[Result]:
 def _matching(
     run: Run, model: nn.Module | None, dicts: Sequence[dict[str, Any]]
 ) -> tuple[MatchingStatistics | None, str]:
-    """The statistics, or why there are none."""
+    """Returns the statistics of the matching, or the reason why there are none."""
     if model is None:
         return None, "There are no weights in the folder to look at the matching with."
     if not dicts:
@@ -142,14 +142,14 @@ def _matching(
         return matching_statistics(run.cfg, model, dicts), (
             f"{run.cfg.MODEL.META_ARCHITECTURE} is no query-based detector of this library."
         )
-    except (OSError, FloatingPointError) as error:  # a lost image, or weights that are NaN
+    except (OSError, FloatingPointError) as error:  # a missing image, or weights that are NaN
         return None, f"The matching cannot be shown: {error}"
 
 
 def _summaries(
     run: Run, train_dicts: Sequence[dict[str, Any]], results: Sequence[Result]
 ) -> tuple[dict[str, DatasetSummary], Sequence[str]]:
-    """What is in the data sets, by role and name, and the names of the classes."""
+    """Summarizes the data sets by role and name; returns the class names as well."""
     summaries, names = {}, [x.class_names for x in results]
     if train_dicts and run.cfg.DATASETS.TRAIN:
         names.insert(0, class_names(run.cfg.DATASETS.TRAIN[0], train_dicts))

@@ -1,4 +1,4 @@
-"""Images with predictions beside the ground truth, small enough to stand in the page."""
+"""Images with predictions beside the ground truth, compressed for the page."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from ..data.image_io import read_image
 from ..data.mapper import training_instances
 from ..visualization.detections import draw_detections
 from .html import Html, tag
-from .image_errors import Found, ImageErrors
+from .image_errors import ImageDetections, ImageErrors
 
 MAX_SIDE = 720  # pixels of a picture in the page
-QUALITIES = (82, 70, 58, 45, 30)  # of JPEG, tried until a picture fits
+QUALITIES = (82, 70, 58, 45, 30)  # of JPEG, tried until the image is small enough
 
 
 def compared(
     entry: Mapping[str, Any],
-    found: Found,
+    found: ImageDetections,
     counts: ImageErrors,
     class_names: Sequence[str],
     *,
     threshold: float,
     max_bytes: int,
 ) -> Html:
-    """An image twice, with what was found and with what is there.
+    """Draws an image twice, with its detections and with its ground truth.
 
     Args:
         entry: Detectron2's dataset dict of the image.
         found: its detections.
         counts: its errors.
         class_names: index -> name.
-        threshold: detections scored below are left out.
+        threshold: detections with lower scores are left out.
         max_bytes: of each of the two JPEG files.
 
     Raises:
-        ImageReadError: the image has gone or is damaged.
+        ImageReadError: the image is missing or damaged.
     """
     image = np.ascontiguousarray(read_image(entry["file_name"], "RGB"))
     hw = image.shape[:2]
@@ -71,11 +71,11 @@ def compared(
 
 
 def jpeg_uri(image_rgb: np.ndarray, max_bytes: int) -> tuple[str, tuple[int, int]]:
-    """A picture as a data URI, made smaller and coarser until it fits.
+    """Encodes an image as a data URI, reducing size and quality until it fits.
 
     Args:
         image_rgb: (H, W, 3) uint8.
-        max_bytes: of the JPEG file, before its text form, which is a third longer.
+        max_bytes: of the JPEG file; the base64 text is a third longer.
 
     Returns:
         The URI, and width and height in pixels.
@@ -93,7 +93,7 @@ def jpeg_uri(image_rgb: np.ndarray, max_bytes: int) -> tuple[str, tuple[int, int
         side //= 2
 
 
-def _instances(found: Found, hw: tuple[int, int]) -> Instances:
+def _instances(found: ImageDetections, hw: tuple[int, int]) -> Instances:
     result = Instances(hw)
     result.pred_boxes = Boxes(torch.from_numpy(found.boxes_xyxy).float())
     result.pred_classes = torch.from_numpy(found.labels)

@@ -1,4 +1,4 @@
-"""The report at the end of a training, and what it needs to know from its start."""
+"""Report at the end of training, and the record of the start of the run that it needs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def write_record(cfg: CfgNode, recipe: CfgNode, recipe_name: str) -> None:
-    """Writes run.json into OUTPUT_DIR: recipe, what the command line changed in it, and where the
-    files of the data sets are.
+    """Writes run.json into OUTPUT_DIR: recipe, overrides, and locations of the data sets.
 
     Args:
         cfg: of the run, its data sets registered.
@@ -31,16 +30,15 @@ def write_record(cfg: CfgNode, recipe: CfgNode, recipe_name: str) -> None:
 def report_training(
     cfg: CfgNode, model: nn.Module, train_dicts: Sequence[dict[str, Any]]
 ) -> Path | None:
-    """Writes OUTPUT_DIR/report.html. Whatever goes wrong is logged: the training is done and stays
-    done.
+    """Writes OUTPUT_DIR/report.html; errors are logged, since training has succeeded.
 
     Args:
         cfg: of the run.
-        model: with the weights of the last evaluation, not wrapped; it is left as it was.
+        model: with the weights of the last evaluation, not wrapped; it is not modified.
         train_dicts: training images.
 
     Returns:
-        The page; None when it could not be written.
+        Path of the page; None if it could not be written.
     """
     start = time.perf_counter()
     folder = Path(cfg.OUTPUT_DIR)

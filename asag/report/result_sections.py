@@ -1,4 +1,4 @@
-"""Parts of the page about accuracy, images, matching and data."""
+"""Sections of the page about accuracy, images, matching and data."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .pictures import compared
 from .results import Result
 
 PICTURE_BYTES = 1_500_000  # of all JPEG files together
-UNFOLDED_CLASSES = 9  # more classes than this have their precision-recall curves folded away
-MOST_CLASSES = 80  # with the most objects, whose curves are drawn
+UNFOLDED_CLASSES = 9  # with more classes, the precision-recall curves of classes are collapsed
+MOST_CLASSES = 80  # classes with the most objects, whose curves are drawn
 NO_CURVES = "These curves are drawn of detections on data sets that are evaluated by COCO's rules."
-DISAGREEMENT = 0.05  # points of AP between two sources that are worth a remark
+DISAGREEMENT = 0.05  # difference in AP between two sources that is reported
 
 
 def accuracy_tables(result: Result, metrics: Mapping[str, float]) -> Html:
-    """AP by class and by size."""
+    """Tabulates AP by class and by size."""
     remarks = [note(x) for x in result.remarks]
     accuracy = result.accuracy
     if accuracy is None:
@@ -66,7 +66,7 @@ def accuracy_tables(result: Result, metrics: Mapping[str, float]) -> Html:
 
 
 def precision_recall(results: Sequence[Result]) -> Html:
-    """Precision-recall curves, the mean of all classes and each."""
+    """Draws precision-recall curves: the mean over classes, and each class."""
     parts: list[Html] = []
     for result in results:
         if result.accuracy is None:
@@ -104,12 +104,12 @@ def _curve(title: str, accuracy: CocoAccuracy, label: int | None) -> Html:
     return line_chart(title, lines, x_label="recall", x_range=(0, 1), y_range=(0, 1))
 
 
-def images(result: Result | None, wanted: int) -> Html:
-    """The worst and the best images."""
+def images(result: Result | None, requested: int) -> Html:
+    """Shows the worst and the best images."""
     title = "Best and worst images"
     if result is None or not result.counts:
         return section(title, note("There are no detections to look at."))
-    best, worst = best_and_worst(result.counts, wanted)
+    best, worst = best_and_worst(result.counts, requested)
     each = PICTURE_BYTES // max(1, 2 * (len(best) + len(worst)))
     parts = [_explained(result)]
     for heading, chosen in (("Worst", worst), ("Best", best)):
@@ -149,7 +149,7 @@ def _explained(result: Result) -> Html:
 
 
 def matching(statistics: MatchingStatistics | None, reason: str) -> Html:
-    """Which queries answer for the objects."""
+    """Shows the statistics of the matching."""
     if statistics is None:
         return section("Matching", note(reason))
     text = (
@@ -188,12 +188,12 @@ def _usage(statistics: MatchingStatistics) -> Html:
 def data(
     summaries: Mapping[str, DatasetSummary], class_names: Sequence[str], remarks: Sequence[str]
 ) -> Html:
-    """What is in the data sets, side by side.
+    """Tabulates the statistics of the data sets side by side.
 
     Args:
         summaries: by role and name, such as "train: shapes_train".
         class_names: K names.
-        remarks: what could not be read.
+        remarks: about data sets that cannot be read.
     """
     notes = [note(x) for x in remarks]
     if not summaries:

@@ -1,4 +1,4 @@
-"""What a run found on one of its test sets, and what is in its data sets."""
+"""Detections of a run on a test set, compared with the annotations."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..evaluation.coco import EVALUATOR_TYPES
 from .accuracy import CocoAccuracy, coco_accuracy, read_detections
 from .annotations import DatasetSummary, GroundTruth
-from .image_errors import Found, ImageErrors, count_errors
+from .image_errors import ImageDetections, ImageErrors, count_errors
 
 
 class NoDataError(ValueError):
-    """A data set cannot be read here; the message says why and what to do."""
+    """A data set cannot be read; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,20 @@ class Result:
         name: of the data set.
         entries: Detectron2's dataset dicts.
         class_names: K names.
-        summary: what is in the data set.
-        found: detections of each image; empty where nothing has been evaluated.
+        summary: statistics of the data set.
+        found: detections of each image; empty without an evaluation.
         accuracy: None without detections, or where COCO's figures do not apply.
         counts: errors of each image at `threshold`; empty without detections.
         threshold: score with the highest F1 at an IoU of 0.5, and that F1, 0 to 1.
         f1: see above.
-        remarks: why something is missing.
+        remarks: reasons for missing parts.
     """
 
     name: str
     entries: Sequence[dict[str, Any]]
     class_names: Sequence[str]
     summary: DatasetSummary
-    found: Sequence[Found] = ()
+    found: Sequence[ImageDetections] = ()
     accuracy: CocoAccuracy | None = None
     counts: Sequence[ImageErrors] = ()
     threshold: float = 1.0
@@ -51,7 +51,7 @@ class Result:
 
 
 def load_entries(name: str) -> list[dict[str, Any]]:
-    """Dataset dicts of a registered data set.
+    """Loads the dataset dicts of a registered data set.
 
     Raises:
         NoDataError: it is not registered, or its files cannot be read.
@@ -68,7 +68,7 @@ def load_entries(name: str) -> list[dict[str, Any]]:
 
 
 def class_names(name: str, entries: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the classes; by number where the data set has no names."""
+    """Returns the class names; numbered if the data set has none."""
     labels = [a["category_id"] for x in entries for a in x.get("annotations", [])]
     count = max(labels, default=-1) + 1
     known = list(MetadataCatalog.get(name).get("thing_classes", []))
@@ -80,10 +80,10 @@ def compare_with_data(name: str, detections_file: Path | None) -> Result:
 
     Args:
         name: of the data set.
-        detections_file: COCO result list; None if nothing has been evaluated.
+        detections_file: COCO result list; None without an evaluation.
 
     Raises:
-        NoDataError: the data set cannot be read here.
+        NoDataError: the data set cannot be read.
         ValueError: the file is no result list, or of another data set.
     """
     entries = load_entries(name)
@@ -122,14 +122,14 @@ def by_image(
     entries: Sequence[dict[str, Any]],
     labels: dict[int, int],
     source: Path,
-) -> list[Found]:
-    """Detections of each image, in the order of the images.
+) -> list[ImageDetections]:
+    """Groups detections by image, in the order of the images.
 
     Args:
         detections: COCO result list.
         entries: dataset dicts.
         labels: category id -> index of the class.
-        source: the file, for errors.
+        source: the file, for error messages.
 
     Raises:
         ValueError: an image or a class is not of this data set.
@@ -147,10 +147,10 @@ def by_image(
     return [_found(rows[x["image_id"]], labels) for x in entries]
 
 
-def _found(rows: Sequence[dict[str, Any]], labels: dict[int, int]) -> Found:
+def _found(rows: Sequence[dict[str, Any]], labels: dict[int, int]) -> ImageDetections:
     boxes = np.array([x["bbox"] for x in rows], dtype=np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     scores = np.array([x["score"] for x in rows], dtype=np.float64)
     classes = np.array([labels[x["category_id"]] for x in rows], dtype=np.int64)
     order = np.argsort(-scores, kind="stable")
-    return Found(boxes[order], classes[order], scores[order])
+    return ImageDetections(boxes[order], classes[order], scores[order])

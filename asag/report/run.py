@@ -1,4 +1,4 @@
-"""What a training left in its folder, read for the report."""
+"""Files of a run's folder, read for the report."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ PLACES = ("json_file", "image_root")  # of a data set, in its metadata
 
 
 class RunFolderError(ValueError):
-    """A folder lacks what a report needs; the message says what."""
+    """A folder lacks a part that the report needs; the message names it."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What config.yaml does not say.
+    """Facts of a run that config.yaml does not have.
 
     Attributes:
         recipe: the configuration file that the run started from.
-        changes: what the command line changed in it.
-        datasets: name -> where its files are (COCO format only).
+        changes: overrides of the command line.
+        datasets: locations of the files by name (COCO format only).
     """
 
     recipe: str
@@ -51,7 +51,7 @@ class RunRecord:
 
     @classmethod
     def of(cls, cfg: CfgNode, recipe: CfgNode, recipe_name: str) -> RunRecord:
-        """The record of a run that is about to start, its data sets registered."""
+        """Makes the record at the start of a run; its data sets must be registered."""
         known = DatasetCatalog.list()
         names = [x for x in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if x in known]
         found = {}
@@ -70,10 +70,10 @@ class RunRecord:
 
     @classmethod
     def read(cls, folder: Path) -> RunRecord | None:
-        """The record of a folder; None where there is none.
+        """Reads the record of a folder; None if it has none.
 
         Raises:
-            RunFolderError: it is not what `write` wrote.
+            RunFolderError: the file was not written by `write`.
         """
         path = folder / RECORD_FILE
         if not path.is_file():
@@ -86,11 +86,11 @@ class RunRecord:
             raise RunFolderError(f"{path} is damaged ({error!r}); delete it") from error
 
     def register_datasets(self) -> None:
-        """Registers the data sets that this process does not know.
+        """Registers the data sets that are not registered in this process.
 
         Raises:
-            DatasetError: files have gone or changed into something unusable; the data sets of the
-                others are registered.
+            DatasetError: files are missing or not usable any more; all other data sets are
+                registered.
         """
         issues: list[DataIssue] = []
         for name, entry in self.datasets.items():
@@ -109,13 +109,13 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Run:
-    """A training's folder.
+    """The folder of a run.
 
     Attributes:
         folder: OUTPUT_DIR.
-        cfg: the configuration as it was used.
-        series: name of a quantity -> (iteration, value).
-        environment: what environment.txt says; "" without the file.
+        cfg: the configuration of the run.
+        series: (iteration, value) by name of the quantity.
+        environment: content of environment.txt; "" without the file.
         record: None for a run that was not started by train_net.py.
     """
 
@@ -130,21 +130,21 @@ class Run:
         """Reads a folder.
 
         Args:
-            folder: OUTPUT_DIR of a training.
+            folder: OUTPUT_DIR of a run.
             cfg: its configuration; default: its config.yaml.
 
         Raises:
             RunFolderError: the folder or one of its files is missing or damaged.
         """
         if not folder.is_dir():
-            raise RunFolderError(f"{folder}: no such folder; give the OUTPUT_DIR of a training")
+            raise RunFolderError(f"{folder}: no such folder; give the OUTPUT_DIR of a run")
         lacking = [
             f"{name} ({why})"
             for name, why, needed in (
                 (CONFIG_FILE, "every training writes it at its start", cfg is None),
                 (
                     METRICS_FILE,
-                    "a training writes into it every 20 iterations and at its end",
+                    "training writes into it every 20 iterations and at its end",
                     True,
                 ),
             )
@@ -152,7 +152,7 @@ class Run:
         ]
         if lacking:
             raise RunFolderError(
-                f"{folder} is not the folder of a training, or of one that has not come far: it "
+                f"{folder} is not the folder of a run, or the run has just started: it "
                 f"lacks {' and '.join(lacking)}"
             )
         try:
@@ -166,22 +166,21 @@ class Run:
 
     @property
     def iterations(self) -> int:
-        """How far the training came; 0 where not a single finite number was logged."""
+        """Number of logged iterations; 0 if no finite number was logged."""
         return 1 + max((points[-1][0] for points in self.series.values()), default=-1)
 
     def changes(self) -> tuple[str, Changes]:
-        """What the configuration is compared with, and how it differs from it."""
+        """Returns the reference of the configuration and the differences from it."""
         if self.record is not None:
             return self.record.recipe, self.record.changes
         return "the library's defaults", differences(get_asag_cfg(), self.cfg)
 
     def detections_file(self, dataset: str, folder: Path | None = None) -> Path | None:
-        """The detections of the last evaluation on a data set as a COCO result list; None where
-        nothing has been evaluated.
+        """Returns the COCO result list of the last evaluation on a data set; None without one.
 
         Args:
             dataset: a name of DATASETS.TEST.
-            folder: where evaluations write; default: `inference` of the run.
+            folder: output folder of the evaluation; default: `inference` of the run.
         """
         folder = folder or self.folder / "inference"
         if len(self.cfg.DATASETS.TEST) > 1:
@@ -191,7 +190,7 @@ class Run:
         )
 
     def final_metrics(self) -> dict[str, float]:
-        """Figures of the last evaluation, by `task/figure` or `data set/task/figure`."""
+        """Returns the figures of the last evaluation by `task/figure` or `data set/task/figure`."""
         figures = {
             name: points[-1]
             for name, points in self.series.items()

@@ -1,4 +1,4 @@
-"""Parts of the page about the run itself: key figures, curves, configuration, environment."""
+"""Sections of the page about the run: key figures, curves, configuration, environment."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADLINES = ("AP", "AP50", "AP75", "mMR", "Recall")
 
 
 def split_metrics(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """`bbox/AP`, or `data set/bbox/AP`, sorted by what is before the figure."""
+    """Groups metrics named `bbox/AP` or `data set/bbox/AP` by the prefix of the figure."""
     found: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         group, _, figure = name.rpartition("/")
@@ -26,7 +26,7 @@ def split_metrics(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def key_figures(run: Run, metrics: Mapping[str, float]) -> Html:
-    """The result at a glance."""
+    """Shows the most important results."""
     facts: list[tuple[str, str]] = []
     for group, figures in split_metrics(metrics).items():
         prefix = group.rpartition("/")[0]
@@ -45,7 +45,7 @@ def key_figures(run: Run, metrics: Mapping[str, float]) -> Html:
 
 
 def metrics_table(metrics: Mapping[str, float], source: str) -> Html:
-    """The final metrics, all but those of single classes."""
+    """Tabulates the final metrics except those of single classes."""
     groups = split_metrics(metrics)
     named = {figure for figures in groups.values() for figure in figures}
     others = sorted(x for x in named if x not in FIGURES and not x.startswith("AP-"))
@@ -60,7 +60,7 @@ def metrics_table(metrics: Mapping[str, float], source: str) -> Html:
 
 
 def curves(run: Run) -> Html:
-    """Losses, accuracy, learning rate, gradient norm, speed: what was logged."""
+    """Draws the logged losses, accuracy, learning rate, gradient norm and speed."""
     series = run.series
     charts = [
         ("Total loss", _lines(series, TOTALS), True),
@@ -89,7 +89,7 @@ def _lines(series: Series, names: Mapping[str, str]) -> list[Line]:
 
 
 def _loss_terms(series: Series) -> list[Line]:
-    """Terms named without the number of a stage, or with it where there are no others."""
+    """Returns loss terms without the number of a stage; those with one if there are no others."""
     terms = [x for x in series if x.startswith("loss_")]
     last = [
         x for x in terms if STAGE_SUFFIX.sub("", x) == x or STAGE_SUFFIX.sub("", x) not in terms
@@ -107,7 +107,7 @@ def _accuracies(series: Series) -> list[Line]:
 
 
 def configuration(run: Run) -> Html:
-    """What differs from the recipe, then everything."""
+    """Shows the differences from the recipe, then the whole configuration."""
     source, changes = run.changes()
     rows = [(_breakable(key), _text(now), _text(before)) for key, (before, now) in changes.items()]
     header = ["key", "this run", "recipe" if run.record else "default"]
@@ -115,7 +115,7 @@ def configuration(run: Run) -> Html:
     if not rows:
         compared = tag("p", f"Nothing differs from {source}.")
     elif run.record is None:
-        # Without a record all of the recipe's own choices are in the list.
+        # Without a record the list includes all values of the recipe.
         remark = "The run does not say which recipe it started from, so this is the whole of it."
         compared = join(note(remark), details(f"{len(rows)} keys differ from {source}", compared))
     everything = tag("pre", run.cfg.dump(), tabindex="0")
@@ -123,7 +123,7 @@ def configuration(run: Run) -> Html:
 
 
 def environment(run: Run) -> Html:
-    """What it ran on."""
+    """Shows the environment of the run."""
     if not run.environment:
         return section("Environment", note("There is no environment.txt in the folder."))
     text = tag("pre", run.environment, tabindex="0")
@@ -131,7 +131,7 @@ def environment(run: Run) -> Html:
 
 
 def _breakable(key: str) -> Html:
-    """A key that narrow screens break behind its dots and underscores."""
+    """Adds line break opportunities after dots and underscores of a key."""
     parts = re.findall(r"[^._]+[._]*", key)
     return join(*(x for part in parts for x in (part, tag("wbr"))))
 

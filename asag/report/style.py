@@ -1,4 +1,4 @@
-"""The style sheet of the page: light and dark, wide and narrow, without anything from elsewhere."""
+"""Style sheet of the page: light and dark, wide and narrow, without external resources."""
 
 STYLE = """
 :root {

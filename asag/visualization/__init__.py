@@ -1,4 +1,4 @@
-"""Pictures of what a detector sees and how it learns."""
+"""Drawings of detections and learning curves."""
 
 from .curves import plot_curves
 from .detections import class_color, draw_comparison, draw_detections

@@ -19,7 +19,7 @@ PathLike = str | os.PathLike[str]
 Series = dict[str, list[tuple[int, float]]]
 """Name of a quantity -> (iteration, value), iterations rising."""
 
-# The legend of a panel becomes unreadable beyond this.
+# With more entries the legend of a panel becomes unreadable.
 MAX_LINES = 12
 COLORS = ("#2f6fde", "#e0592a", "#2a9d5c", "#9b4fc4", "#c99a06", "#12a5b8", "#d43d7f", "#6b7280")
 STYLES = ("-", "--", ":", "-.")
@@ -30,16 +30,16 @@ STAGE_SUFFIX = re.compile(r"_\d+$")
 def plot_curves(
     metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike], output_png: PathLike
 ) -> None:
-    """Draws the total loss, its terms, the accuracy, the learning rate, the gradient norm (before
-    clipping) and the seconds of a step over the iterations.
+    """Draws learning curves over the iterations.
 
-    A run has a color of its own. The terms are those of the last stage (names without a stage
-    number). Panels without data say so.
+    The panels are total loss, loss terms, accuracy, learning rate, gradient norm (before clipping)
+    and seconds of a step. Each run has its color. The terms are those of the last stage (names
+    without a stage number). Panels without data have a note.
 
     Args:
-        metrics: one metrics.json, several (labeled by their folders), or label -> file.
-        output_png: picture to write; missing parent folders are made. No global state of matplotlib
-            is touched and no display is needed.
+        metrics: a metrics.json, several (labeled by their folders), or files by label.
+        output_png: image file to write; missing parent folders are created. The global state of
+            matplotlib does not change, and no display is needed.
 
     Raises:
         FileNotFoundError: a metrics file does not exist.
@@ -65,19 +65,18 @@ def plot_curves(
 def read_metrics(path: PathLike) -> Series:
     """Reads a metrics.json, one JSON object a line.
 
-    After a resume the file repeats iterations: what the interrupted run wrote beyond the point of
-    return is dropped. A last line that was cut while being written is left out, and so are values
-    that are not finite numbers.
+    After a resume the file repeats iterations: records of the interrupted run after the checkpoint
+    are dropped. An incomplete last line and values that are not finite are left out.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
         ValueError: a line is not a JSON object with an "iteration", or there is none at all.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no metrics file {path}; training writes it into OUTPUT_DIR")
     lines = path.read_text(encoding="utf-8").splitlines()
-    records: dict[int, dict[str, float]] = {}  # by iteration, in rising order
+    records: dict[int, dict[str, float]] = {}  # by iteration, in ascending order
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -115,7 +114,7 @@ def _parse(line: str) -> dict[str, float] | None:
 def _labeled(
     metrics: PathLike | Sequence[PathLike] | Mapping[str, PathLike],
 ) -> dict[str, PathLike]:
-    """label -> file; files of equally named folders are told apart by their whole paths."""
+    """Labels files by their folders, or by their paths if folders have the same name."""
     if isinstance(metrics, Mapping):
         labeled = dict(metrics)
     else:
@@ -143,12 +142,12 @@ def _loss_terms(runs: Mapping[str, Series]) -> list[str]:
 
 
 def _last_stage(name: str, names: set[str]) -> bool:
-    """Whether the same term of the last stage, named without a number, is there as well."""
+    """Returns True if the term of the last stage, named without a number, exists as well."""
     return STAGE_SUFFIX.sub("", name) in names
 
 
 def _accuracies(runs: Mapping[str, Series]) -> list[str]:
-    """AP of every task and data set; of a single run the further figures too."""
+    """Returns AP of every task and data set; for a single run, the other figures too."""
     names = {name for series in runs.values() for name in series}
     ranked = sorted(
         (ACCURACIES.index(figure), name)
@@ -162,7 +161,7 @@ def _accuracies(runs: Mapping[str, Series]) -> list[str]:
 def _panel(
     axes: Axes, title: str, runs: Mapping[str, Series], names: Sequence[str], log: bool = False
 ) -> None:
-    """One line a run and quantity: colors tell runs apart, or quantities when there is one run."""
+    """Draws a line for each run and quantity, colored by run, or by quantity for a single run."""
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("iteration")
     axes.set_ylabel(names[0] if len(names) == 1 else "")
@@ -179,7 +178,7 @@ def _panel(
                 color=COLORS[color % len(COLORS)],
                 linestyle=STYLES[style % len(STYLES)],
                 linewidth=1.6,
-                # A single evaluation is a point, which a line alone would not show.
+                # A single evaluation is a point, which a line would not show.
                 marker="o" if len(points) < 30 else None,
                 markersize=3.5,
                 label=_legend(label, name, len(runs), len(names)),

@@ -1,7 +1,7 @@
-"""Boxes and labels drawn into a picture, alone or beside the ground truth.
+"""Drawing of boxes and labels into an image, alone or beside the ground truth.
 
-H, W picture size, n objects drawn. Everything is drawn with Pillow: Detectron2's Visualizer goes
-through matplotlib figures, which takes ten times as long and lets labels cover each other.
+H, W image size, n drawn objects. Drawing uses Pillow: Detectron2's Visualizer goes through
+matplotlib figures, which takes ten times as long and lets labels overlap.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 from detectron2.structures import Instances
 from PIL import Image, ImageDraw, ImageFont
 
-# Small pictures are enlarged until the short side has this many pixels, unless the long side would
+# Small images are enlarged until the short side has this many pixels, unless the long side would
 # exceed its limit.
 MIN_SHORT_SIDE = 480
 MAX_ENLARGED_LONG_SIDE = 1600
 
-# With more objects than this, labels shrink, and a name that is the only one is left out.
+# With more objects, labels shrink, and the name is left out if there is only one class.
 CROWD = 20
 
 CAPTION_BACKGROUND = (32, 36, 44)
@@ -40,23 +40,23 @@ def draw_detections(
 ) -> np.ndarray:
     """Draws every object with its box, class name and score.
 
-    A class has the same color in all pictures. Labels stay inside the picture and never cover each
-    other: in a crowd they are smaller, the best-scored objects keep theirs, and the others are
-    boxes only.
+    A class has the same color in all images. Labels stay inside the image and do not overlap: in a
+    crowd they are smaller, objects with the highest scores are labeled first, and the others only
+    have boxes.
 
     Args:
         image_rgb: (H, W, 3) uint8.
         instances: detections (`pred_boxes`, `pred_classes`, `scores`) or ground truth (`gt_boxes`,
             `gt_classes`), on any device. Boxes are absolute xyxy pixels of `instances.image_size`
-            and are scaled to the picture when that differs.
-        class_names: index -> name; indices beyond it read "class 7".
-        score_threshold: objects scored below are left out; ground truth is always drawn.
+            and are scaled to the image if that differs.
+        class_names: names by index; further indices are drawn as "class 7".
+        score_threshold: objects with lower scores are left out; ground truth is always drawn.
 
     Returns:
-        (H', W', 3) uint8 RGB; small pictures are enlarged to a short side of 480 pixels.
+        (H', W', 3) uint8 RGB; small images are enlarged to a short side of 480 pixels.
 
     Raises:
-        ValueError: the picture is not (H, W, 3) uint8, or the instances hold no boxes.
+        ValueError: the image is not (H, W, 3) uint8, or the instances have no boxes.
     """
     canvas = _enlarged(image_rgb)
     _draw(canvas, _read_objects(instances, score_threshold, canvas.size), class_names)
@@ -70,7 +70,7 @@ def draw_comparison(
     class_names: Sequence[str],
     score_threshold: float = 0.3,
 ) -> np.ndarray:
-    """Predictions (left) beside the ground truth (right), each under a caption with its count.
+    """Draws predictions (left) beside the ground truth (right), with captions and counts.
 
     Arguments and errors are those of `draw_detections`.
 
@@ -99,11 +99,11 @@ def draw_comparison(
 
 @functools.lru_cache(maxsize=4096)
 def class_color(index: int) -> RGB:
-    """Color of a class, 0 to 255 a channel.
+    """Returns the color of a class, 0 to 255 for each channel.
 
     Hues follow the golden angle in OKLCH (Ottosson, "A perceptual color space for image
-    processing", 2020), so that neighboring indices differ clearly and all look equally strong;
-    lightness alternates so that near hues of distant indices differ too.
+    processing", 2020), so that neighboring indices differ clearly at equal chroma; lightness
+    alternates so that similar hues of distant indices differ too.
     """
     lightness, chroma = ((0.74, 0.17), (0.64, 0.19), (0.84, 0.15))[index % 3]
     hue = np.deg2rad(25.0 + 137.508 * index)
@@ -130,7 +130,7 @@ def class_color(index: int) -> RGB:
 
 @dataclass(frozen=True)
 class _Objects:
-    """What is drawn, most important first: best score, without scores the smallest box.
+    """Objects in the order of importance: highest score first, smallest box without scores.
 
     Attributes:
         boxes_xyxy: (n, 4) float64, pixels of the canvas, clipped to it.
@@ -150,7 +150,7 @@ class _Objects:
         return len(self) > CROWD
 
     def labels(self, class_names: Sequence[str]) -> list[str]:
-        """Name and score of each object; empty where they would say nothing new."""
+        """Returns name and score of each object; empty if they are redundant."""
         if self.crowded and len(class_names) == 1:
             names = [""] * len(self)
         else:
@@ -165,7 +165,7 @@ class _Objects:
 
 
 def _read_objects(instances: Instances, threshold: float, canvas_wh: tuple[int, int]) -> _Objects:
-    """Objects of `Instances` above the threshold, in pixels of the canvas."""
+    """Reads the objects of `Instances` above the threshold, in pixels of the canvas."""
     kinds = [kind for kind in ("pred", "gt") if instances.has(f"{kind}_boxes")]
     if not kinds:
         fields = ", ".join(instances.get_fields()) or "none"
@@ -189,10 +189,10 @@ def _read_objects(instances: Instances, threshold: float, canvas_wh: tuple[int, 
 
 
 def _enlarged(image_rgb: np.ndarray) -> Image.Image:
-    """The picture as an own copy, enlarged when it is too small to carry labels."""
+    """Copies the image, enlarged if it is too small for labels."""
     if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8:
         raise ValueError(
-            "a picture to draw on must be an (H, W, 3) uint8 array in RGB order, "
+            "the image must be an (H, W, 3) uint8 array in RGB order, "
             f"got {image_rgb.shape} {image_rgb.dtype}"
         )
     height, width = image_rgb.shape[:2]
@@ -205,12 +205,12 @@ def _enlarged(image_rgb: np.ndarray) -> Image.Image:
 
 
 def _draw(canvas: Image.Image, objects: _Objects, class_names: Sequence[str]) -> None:
-    """Boxes from large to small, so that no small one is hidden, then labels by importance."""
+    """Draws boxes from large to small, so that none is hidden, then labels by importance."""
     pen = ImageDraw.Draw(canvas)
     line = max(2, round(min(canvas.size) / 240))
     sides = objects.boxes_xyxy[:, 2:] - objects.boxes_xyxy[:, :2]
     for i in np.argsort(-sides.prod(axis=1), kind="stable"):
-        # A thick frame would fill a small box and hide what is in it.
+        # A thick frame would hide the content of a small box.
         width = max(1, min(line, int(sides[i].min() // 8)))
         pen.rectangle(
             tuple(objects.boxes_xyxy[i]), outline=class_color(int(objects.classes[i])), width=width
@@ -233,12 +233,12 @@ def _draw(canvas: Image.Image, objects: _Objects, class_names: Sequence[str]) ->
 def _place(
     box_xyxy: np.ndarray, tag_wh: tuple[float, float], canvas_wh: tuple[int, int], taken: np.ndarray
 ) -> Rectangle | None:
-    """A free spot for a label at its box and inside the picture; None where there is none.
+    """Finds a free position for a label at its box and inside the image; None if there is none.
 
-    Outside the box comes first, where the label hides nothing of the object.
+    Positions outside of the box come first, where the label does not hide the object.
 
     Args:
-        taken: (n, 4) labels that are already there.
+        taken: (n, 4) existing labels.
     """
     (x0, y0, x1, y1), (tag_width, tag_height) = box_xyxy, tag_wh
     space_width, space_height = canvas_wh[0] - 1 - tag_width, canvas_wh[1] - 1 - tag_height
@@ -254,7 +254,7 @@ def _place(
             (x1 - tag_width, y1 - tag_height),
         ]
     )
-    # Pushed back from the left and right margins; above and below, another spot is better.
+    # Shifted inside at the left and right margins; at the top and bottom another position is used.
     corners[:, 0] = corners[:, 0].clip(0, space_width)
     corners = corners[(corners[:, 1] >= 0) & (corners[:, 1] <= space_height)]
     if len(corners) == 0:
@@ -271,7 +271,7 @@ def _place(
 
 
 def _text_color(background: RGB) -> RGB:
-    """Black or white, whichever is easier to read."""
+    """Returns black or white, whichever has the higher contrast."""
     luma = np.dot(background, (0.299, 0.587, 0.114))
     return (0, 0, 0) if luma > 140 else (255, 255, 255)
 
@@ -283,14 +283,14 @@ def _font_size(canvas_wh: tuple[int, int]) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which knows Latin, Greek and Cyrillic; matplotlib brings it along."""
+    """Loads DejaVu Sans (Latin, Greek, Cyrillic), which is part of matplotlib."""
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    # The basic layout is several times as fast; the other one adds ligatures.
+    # The basic layout is several times as fast and only lacks ligatures.
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _caption_font(captions: Sequence[str], width: int, size: int) -> ImageFont.FreeTypeFont:
-    """The largest font, up to 1.2 times the labels', in which every caption fits the width."""
+    """Returns the largest font, up to 1.2 times that of labels, in which every caption fits."""
     size = round(1.2 * size)
     longest = max(_font(size).getlength(caption) for caption in captions)
     return _font(max(6, min(size, int(size * (width - GAP_PIXELS) / longest))))

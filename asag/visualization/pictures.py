@@ -27,12 +27,12 @@ def save_pictures(cfg: CfgNode, model: nn.Module, dataset_name: str, folder: Pat
 
     Args:
         cfg: TEST.NUM_PICTURES and INPUT.*.
-        model: the detector, not wrapped; its mode is left as it was.
+        model: the detector, not wrapped; its mode is restored.
         dataset_name: a registered data set.
-        folder: where the files go, one an image, named after it.
+        folder: gets one file for each image, named after it.
 
     Returns:
-        The files written; none (and a warning) when the drawing packages are not installed.
+        The written files; none (with a warning) if the drawing packages are not installed.
     """
     try:
         from .detections import draw_comparison
@@ -59,7 +59,7 @@ def save_pictures(cfg: CfgNode, model: nn.Module, dataset_name: str, folder: Pat
 
 
 def save_curves(folder: Path) -> None:
-    """Draws the `metrics.json` of a folder as `curves.png`, if the drawing packages are there."""
+    """Draws the `metrics.json` of a folder as `curves.png`, if the packages are installed."""
     try:
         from .curves import plot_curves
     except ImportError as error:
@@ -68,10 +68,10 @@ def save_curves(folder: Path) -> None:
     plot_curves(folder / "metrics.json", folder / "curves.png")
 
 
-def spread(count: int, wanted: int) -> Sequence[int]:
-    """At most `wanted` distinct indices below `count`, evenly spread, the first included."""
-    wanted = min(wanted, count)
-    return [i * count // wanted for i in range(wanted)]
+def spread(count: int, requested: int) -> Sequence[int]:
+    """Returns at most `requested` distinct indices below `count`, evenly spread from 0."""
+    requested = min(requested, count)
+    return [i * count // requested for i in range(requested)]
 
 
 @torch.no_grad()

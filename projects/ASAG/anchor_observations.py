@@ -1,4 +1,4 @@
-"""What ASAG does to one image, as tensors and numbers.
+"""Intermediate results of ASAG for one image, and statistics of a data set.
 
 N anchors, M objects, P patches, C channels.
 """
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 Sample = dict[str, Any]
-COARSEST = 5  # level that is always used
+COARSEST = 5  # the level that is always used
 
 
 @dataclass
 class Observation:
-    """One image on its way through the detector; boxes are xyxy in pixels of the network input.
+    """Intermediate results for one image; boxes are xyxy in pixels of the network input.
 
     Attributes:
         image_rgb: (H, W, 3) uint8, the network input.
         objects: (M, 4) ground truth.
-        anchors: (N, 4), the best first.
-        proposals: (N, 4) what the proposal block makes of them.
+        anchors: (N, 4), in descending order of score.
+        proposals: (N, 4) output of the proposal block for the anchors.
         detections: (k, 4) final boxes above the score threshold.
         patches: probed level -> (P, 4).
         maps: feature name -> (h, w) discriminability: the norm of each cell's features.
@@ -47,12 +47,12 @@ class Observation:
 
     @property
     def finest_level(self) -> int:
-        """The finest level that gave anchors: 5 without probing, 4 or 3."""
+        """The finest level with anchors: 5 without probing, else 4 or 3."""
         return min((x for x, boxes in self.patches.items() if len(boxes)), default=COARSEST)
 
 
 def check_model(model: SparseDetector) -> None:
-    """Raises ValueError when a detector has no adaptive anchors to look at."""
+    """Raises ValueError if the detector has no adaptive anchors."""
     if not isinstance(model.proposal_generator, AdaptiveSparseAnchors):
         raise ValueError(
             "MODEL.PROPOSAL_GENERATOR.NAME must be 'AdaptiveSparseAnchors' for these figures, got "
@@ -62,11 +62,11 @@ def check_model(model: SparseDetector) -> None:
 
 @torch.no_grad()
 def observe(model: SparseDetector, sample: Sample, threshold: float = 0.3) -> Observation:
-    """Runs one image.
+    """Runs the detector on one image.
 
     Args:
         model: in evaluation mode, with adaptive anchors.
-        sample: of the data mapper, with objects where it has some.
+        sample: of the data mapper, with objects if it has any.
         threshold: score above which a detection is final.
     """
     generator = model.proposal_generator
@@ -96,7 +96,7 @@ def observe(model: SparseDetector, sample: Sample, threshold: float = 0.3) -> Ob
 
 
 def _stand_out(features: Tensor, sizes: ImageSizes) -> Tensor:
-    """(C, h, w) -> norms of the cells that belong to the image."""
+    """Returns the norms of the cells of a map (C, h, w) that belong to the image."""
     rows, columns = (
         -(-side * cells // padded)
         for side, cells, padded in zip(
@@ -135,13 +135,13 @@ class Statistics:
     proposal_recall: float
 
     def correlation(self) -> float:
-        """Pearson's, of objects and anchors; NaN where one of them never varies."""
+        """Pearson correlation of the numbers of objects and anchors; NaN if one is constant."""
         if min(np.std(self.objects), np.std(self.anchors)) == 0:
             return float("nan")
         return float(np.corrcoef(self.objects, self.anchors)[0, 1])
 
     def summary(self) -> dict[str, float]:
-        """The numbers of the paper's tables: #An, N_P4, N_P3, AR, shares of the levels."""
+        """Returns the numbers of the paper's tables: #An, N_P4, N_P3, AR, shares of the levels."""
         images = max(len(self.anchors), 1)
         numbers = {
             "images": len(self.anchors),
@@ -157,7 +157,7 @@ class Statistics:
 
 
 def collect(observations: Iterable[Observation], limit: int = 1000) -> Statistics:
-    """Statistics of many images, with at most `limit` boxes an image."""
+    """Collects statistics of many images, with at most `limit` boxes for each image."""
     result = Statistics([], [], [], [], float("nan"), float("nan"))
     overlaps: tuple[list[float], list[float]] = ([], [])
     for x in observations:
@@ -172,5 +172,5 @@ def collect(observations: Iterable[Observation], limit: int = 1000) -> Statistic
 
 
 def normalized(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Each map stretched to 0 to 1."""
+    """Rescales each map to the range 0 to 1."""
     return [(x - x.min()) / (x.max() - x.min()).clamp(min=1e-6) for x in maps]

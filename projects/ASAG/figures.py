@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Pictures of adaptive anchors, of any configuration and weights.
+"""Draws figures of adaptive anchors for any configuration and weights.
 
     python projects/ASAG/figures.py anchors    --config C --weights W --output x.png [--image 0 5 9]
     python projects/ASAG/figures.py maps       --config C --weights W --output x.png [--image 0 5 9]
     python projects/ASAG/figures.py statistics --config C --weights W --output x.png [--images 500]
 
 anchors: patches red, anchors white; proposals; final boxes (Figs. 8 and C-2 of the paper). maps:
-how strongly each cell of each level stands out (Figs. 3, 7, C-3). statistics: anchors against
+discriminability of each cell of each level (Figs. 3, 7, C-3). statistics: anchors against
 objects, finest level used (Fig. 6), average recall of anchors and proposals (Table 5e), as JSON.
 All read DATASETS.TEST, --dataset or --data, a COCO folder.
 """
@@ -39,7 +39,7 @@ LEVELS = {5: "P5 and P6", 4: "P4", 3: "P3"}
 
 
 def draw_anchors(found: Sequence[Observation]) -> Figure:
-    """A row an image."""
+    """Draws anchors, proposals and final boxes, one row for each image."""
     figure = _figure(15, 4.2 * len(found))
     rows = figure.subplots(len(found), 3, squeeze=False)
     for panels, x in zip(rows, found, strict=True):
@@ -60,7 +60,7 @@ def draw_anchors(found: Sequence[Observation]) -> Figure:
 
 
 def draw_maps(found: Sequence[Observation]) -> Figure:
-    """A row an image, a column a level."""
+    """Draws the maps, one row for each image and one column for each level."""
     names = list(found[0].maps)
     figure = _figure(3.2 * (len(names) + 1), 3 * len(found))
     rows = figure.subplots(len(found), len(names) + 1, squeeze=False)
@@ -77,7 +77,7 @@ def draw_maps(found: Sequence[Observation]) -> Figure:
 
 
 def draw_statistics(found: Statistics) -> Figure:
-    """Anchors against objects, and images by finest level."""
+    """Draws anchors against objects, and the number of images by finest level."""
     figure = _figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     left.scatter(found.objects, found.anchors, s=12, alpha=0.5)
@@ -110,10 +110,11 @@ def _add_boxes(axes: Axes, boxes: Tensor, color: str, width: float) -> None:
 
 
 def observations(given: argparse.Namespace, scratch: str) -> Iterator[Observation]:
-    """The images that a command asks for.
+    """Yields the observations of the requested images.
 
     Raises:
-        ValueError: no data set, an index beyond it, or a detector without adaptive anchors.
+        ValueError: there is no data set, an index is out of range, or the detector has no adaptive
+            anchors.
     """
     cfg, model, dataset = open_model_and_dataset(given, scratch)
     check_model(model)
@@ -134,17 +135,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name in ("anchors", "maps", "statistics"):
         command = commands.add_parser(name)
         if name == "statistics":
-            command.add_argument("--images", type=int, default=500, help="the first so many")
+            command.add_argument("--images", type=int, default=500, help="number of images")
         else:
             command.add_argument("--image", type=int, nargs="+", default=[0, 1, 2], help="indices")
         command.add_argument("--threshold", type=float, default=0.3, help="score of a detection")
-        command.add_argument("--output", type=Path, required=True, help="picture to write")
+        command.add_argument("--output", type=Path, required=True, help="image file to write")
         add_dataset_options(command)
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     given = parse(arguments)
     torch.manual_seed(0)
     try:

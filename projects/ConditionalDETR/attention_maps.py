@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Where the heads of a cross-attention look, for one query of one image (Figs. 1 and 4).
+"""Draws the attention maps of the cross-attention heads for one query (Figs. 1 and 4).
 
     python projects/ConditionalDETR/attention_maps.py --image street.jpg --output maps.png \\
         --config configs/ConditionalDETR/conditional_detr_r50_50ep.yaml --weights x.pth
 
-A column a head; from above: spatial, content and combined attention, each a softmax over the
-positions of the image. Works for Conditional DETR and for DETR, whose spatial attention is that of
-the whole query with the position's share of the keys. H heads, h x w cells of the feature map.
+One column for each head; from top to bottom: spatial, content and combined attention, each a
+softmax over the positions of the image. For DETR, the spatial attention is that of the whole query
+with the positional part of the keys. H heads, h x w cells of the feature map.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ KINDS = ("spatial", "content", "combined")
 
 @dataclass
 class AttentionMaps:
-    """What one query of one stage attends to.
+    """Attention of one query in one stage.
 
     Attributes:
         query: its index.
-        label, score: of its best class in the end.
+        label, score: of its best class after the last stage.
         box_xyxy: (4,) its final box, pixels of the network input.
-        point_xy: (2,) its reference point in pixels, None without.
+        point_xy: (2,) its reference point in pixels, None if it has none.
         maps: "spatial", "content", "combined" -> (H, h, w), each head summing to one.
     """
 
@@ -65,16 +65,16 @@ class AttentionMaps:
 def explain(
     model: SparseDetector, image: Tensor, stage: int = -1, query: int | None = None
 ) -> AttentionMaps:
-    """Runs an image through the model and looks into one cross-attention.
+    """Runs the model on an image and computes the attention maps of one stage.
 
     Args:
-        model: DETR or a relative, in evaluation mode.
+        model: of the DETR family, in evaluation mode.
         image: (3, H, W) in the model's color order.
         stage: index of the stage, negative from the last.
-        query: index of the query; default: the one with the best score in the end.
+        query: index of the query; default: the one with the highest final score.
 
     Raises:
-        ValueError: another kind of detector, or no such stage or query.
+        ValueError: the detector is of another kind, or there is no such stage or query.
     """
     heads = model.roi_heads
     if not isinstance(heads, DETRHeads):
@@ -124,8 +124,10 @@ def explain(
 def score_parts(
     attention: CrossAttention, arguments: tuple[Any, ...], position: Tensor
 ) -> dict[str, Tensor]:
-    """Spatial, content and combined scores, (1, H, N, L) each, with the scale that attention uses;
-    the combined ones are the sum of the others."""
+    """Computes spatial, content and combined scores, (1, H, N, L) each, as scaled by attention.
+
+    The combined scores are the sum of the others.
+    """
     query, object_query, spatial, memory, _ = arguments
     if isinstance(attention, ConditionalCrossAttention):
         c_q, p_q, c_k, p_k, _ = attention.parts(query, object_query, spatial, memory)
@@ -141,7 +143,7 @@ def score_parts(
 
 
 def draw(seen: AttentionMaps, image_rgb: np.ndarray, heads: Sequence[int] | None = None) -> Figure:
-    """The figure; `image_rgb` is the (H, W, 3) network input, `heads` which columns to show."""
+    """Draws the figure; `image_rgb` is the (H, W, 3) network input, `heads` are the columns."""
     heads = range(len(seen.maps["combined"])) if heads is None else heads
     height, width = image_rgb.shape[:2]
     size = (2.4 * len(heads), 2.4 * height / width * len(KINDS) + 0.4)
@@ -166,14 +168,14 @@ def draw(seen: AttentionMaps, image_rgb: np.ndarray, heads: Sequence[int] | None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="yaml file of the model")
     parser.add_argument("--weights", help="checkpoint; default: MODEL.WEIGHTS of the configuration")
     parser.add_argument("--image", required=True)
-    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    parser.add_argument("--output", type=Path, required=True, help="image file to write")
     parser.add_argument("--stage", type=int, default=-1, help="default: the last one")
     parser.add_argument("--query", type=int, help="default: the one with the best score")
     parser.add_argument("--heads", type=int, nargs="+", help="default: all")

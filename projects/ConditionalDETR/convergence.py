@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""How fast runs converge: accuracy over iterations (Fig. 2), and iterations to levels of AP.
+"""Compares the convergence of runs: accuracy over iterations (Fig. 2), iterations to reach an AP.
 
     python projects/ConditionalDETR/convergence.py --output curves.png \\
         "Conditional DETR=output/conditional/metrics.json" "DETR=output/detr/metrics.json"
 
-The table says at which iteration each run first reaches a level, read off the straight lines
-between evaluations, and how many times the iterations of the first run that is; "> 500" of a run
-that ended there without reaching it. With --losses
-the four panels of losses and rates are drawn as well.
+The table lists the iteration at which each run first reaches a level, interpolated linearly between
+evaluations, and its ratio to the first run; "> 500" stands for a run that ended at iteration 500
+without reaching the level. With --losses the four panels of losses and rates are drawn as well.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ DEFAULT_SHARES = (0.25, 0.5, 0.75, 0.9)
 
 
 def accuracy(path: str, figure: str) -> Points:
-    """(iteration, value) of each evaluation in a metrics.json.
+    """Reads (iteration, value) of each evaluation from a metrics.json.
 
     Args:
         path: the file.
         figure: name of the accuracy, or its end behind a slash: "AP" finds "bbox/AP".
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no such figure, or several; the message lists
-            what there is.
+        FileNotFoundError: there is no such file.
+        ValueError: there is no such figure, or several; the message lists the available ones.
     """
     series = read_metrics(path)
     names = [n for n in series if n == figure or n.endswith(f"/{figure}")]
@@ -46,7 +45,7 @@ def accuracy(path: str, figure: str) -> Points:
 
 
 def reached(points: Points, level: float) -> float | None:
-    """Iteration at which the line through the evaluations first reaches a level; None if never."""
+    """Interpolates the iteration that first reaches a level; None if no iteration does."""
     before: tuple[int, float] | None = None
     for iteration, value in points:
         if value >= level:
@@ -59,14 +58,17 @@ def reached(points: Points, level: float) -> float | None:
 
 
 def default_levels(runs: dict[str, Points]) -> list[float]:
-    """A quarter, half, three quarters and nine tenths of what the weakest run reaches."""
+    """Returns 25, 50, 75 and 90 percent of the best accuracy of the weakest run."""
     common = min(max(value for _, value in points) for points in runs.values())
     return [float(f"{share * common:.2g}") for share in DEFAULT_SHARES]
 
 
 def table(runs: dict[str, Points], levels: Sequence[float]) -> str:
-    """Markdown: a row a level; iterations of each run and their ratio to the first run's, or what
-    both exceed where a run ended below the level."""
+    """Formats a markdown table with one row for each level.
+
+    Cells have the iterations of a run and their ratio to the first run, or lower bounds of both if
+    the run ended below the level.
+    """
     lines = [
         "| AP | " + " | ".join(runs) + " |",
         "|---|" + "---|" * len(runs),
@@ -86,7 +88,7 @@ def table(runs: dict[str, Points], levels: Sequence[float]) -> str:
 
 
 def draw(runs: dict[str, Points], figure: str, output: Path) -> None:
-    """Accuracy of each run over its iterations."""
+    """Draws the accuracy of each run over its iterations."""
     canvas = Figure(figsize=(6, 4.5), layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.subplots()
@@ -100,14 +102,14 @@ def draw(runs: dict[str, Points], figure: str, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="NAME=metrics.json")
     parser.add_argument("--figure", default="AP", help='accuracy to compare (default "AP")')
     parser.add_argument("--levels", type=float, nargs="+", help="default: from the weakest run")
-    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    parser.add_argument("--output", type=Path, required=True, help="image file to write")
     parser.add_argument("--losses", type=Path, metavar="PNG", help="losses and rates as well")
     given = parser.parse_args(arguments)
     try:

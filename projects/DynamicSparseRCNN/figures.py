@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Pictures of dynamic labels and dynamic proposals, of any configuration and weights.
+"""Draws figures of dynamic labels and dynamic proposals for any configuration and weights.
 
     python projects/DynamicSparseRCNN/figures.py positives --config C --weights W --output x.png
     python projects/DynamicSparseRCNN/figures.py experts   --config C --weights W --output x.png
@@ -7,10 +7,10 @@
     python projects/DynamicSparseRCNN/figures.py stages results.json --output x.png
     python projects/DynamicSparseRCNN/figures.py curves STUDY_FOLDER --output x.png
 
-positives: which predictions of each stage answer for which object of an image. experts: how much
-each expert counts over a data set. proposals: what changes between two images before any stage.
-stages and curves: the outcome of `tools/study.py`. The first three read DATASETS.TEST, --dataset or
---data, a COCO folder. S stages, N queries, M objects, E experts, I images.
+positives: predictions of each stage that are assigned to each object of an image. experts: weights
+of the experts over a data set. proposals: difference of the initial proposals of two images. stages
+and curves: results of `tools/study.py`. The first three read DATASETS.TEST, --dataset or --data, a
+COCO folder. S stages, N queries, M objects, E experts, I images.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from observations import (
 from torch import Tensor
 
 PANELS_A_ROW = 3
-# Bars of fewer objects than this stay as narrow as they are with so many.
+# The bars are not wider than with this number of objects.
 MIN_OBJECTS_SHOWN = 8
 
 
 def draw_positives(found: Positives) -> Figure:
-    """A panel a stage, objects thick, their predictions thin in one color; below, the counts."""
+    """Draws a panel for each stage, with objects (thick), their predictions (thin) and counts."""
     stages, objects = found.counts.shape
     rows = -(-stages // PANELS_A_ROW)
     figure = _figure(5 * PANELS_A_ROW, 4 * rows + 3)
@@ -71,14 +71,14 @@ def draw_positives(found: Positives) -> Figure:
         for n in positive.nonzero().flatten().tolist():
             color = _color(int(found.assignment[s, n]))
             _add_box(panel, found.boxes_xyxy[s, n], color, 1.2)
-        for m, box in enumerate(found.truth_xyxy):
+        for m, box in enumerate(found.gt_xyxy):
             _add_box(panel, box, _color(m), 3.5)
         _keep_to_image(panel, found.image_rgb)
     axes = lower.subplots()
     width = 0.8 / stages
     for s in range(stages):
         places = np.arange(objects) + (s - (stages - 1) / 2) * width
-        # The later the stage, the darker its bar.
+        # Later stages have darker bars.
         alpha = 0.35 + 0.65 * s / max(stages - 1, 1)
         colors = [_color(m) for m in range(objects)]
         axes.bar(places, found.counts[s].numpy(), width * 0.9, color=colors, alpha=alpha)
@@ -95,7 +95,7 @@ def draw_positives(found: Positives) -> Figure:
 
 
 def draw_experts(weights: Tensor, temperature: float) -> Figure:
-    """Mean and spread of each expert's weights (I, E, N), and their distribution."""
+    """Draws mean, spread and distribution of the weights (I, E, N) of each expert."""
     figure = _figure(12, 4.5)
     left, right = figure.subplots(1, 2)
     numbers = expert_statistics(weights)
@@ -131,7 +131,7 @@ def draw_experts(weights: Tensor, temperature: float) -> Figure:
 
 
 def draw_proposals(one: Proposals, other: Proposals) -> Figure:
-    """The proposals in both images, equal colors for equal indices, and how far they differ."""
+    """Draws the proposals of two images, with one color for each index, and their differences."""
     boxes, content = proposal_changes(one, other)
     figure = _figure(16, 5)
     *panels, right = figure.subplots(1, 3)
@@ -155,19 +155,19 @@ def draw_proposals(one: Proposals, other: Proposals) -> Figure:
     return figure
 
 
-def draw_stages(results: dict[str, Any], wanted: Sequence[str] | None = None) -> Figure:
-    """AP of the first 1, 2, ... stages, mean and standard deviation over the seeds (Fig. 6).
+def draw_stages(results: dict[str, Any], requested: Sequence[str] | None = None) -> Figure:
+    """Draws the AP of the first 1, 2, ... stages with mean and std over the seeds (Fig. 6).
 
     Args:
         results: data -> variant -> seed -> {"per_stage": [{"AP": ...}, ...]}.
-        wanted: variants to draw; None: all.
+        requested: variants to draw; None: all.
 
     Raises:
-        ValueError: no run was evaluated stage by stage, or there is no such variant.
+        ValueError: no run was evaluated by stage, or there is no such variant.
     """
     curves: dict[str, dict[str, list[tuple[float, ...]]]] = {}
     for data, variants in results.items():
-        for variant, seeds in choose(variants, wanted).items():
+        for variant, seeds in choose(variants, requested).items():
             runs = [[s["AP"] for s in x["per_stage"]] for x in seeds.values() if "per_stage" in x]
             if runs:
                 curves.setdefault(data, {})[variant] = list(zip(*runs, strict=True))
@@ -191,23 +191,23 @@ def draw_stages(results: dict[str, Any], wanted: Sequence[str] | None = None) ->
     return figure
 
 
-def choose(variants: dict[str, Any], wanted: Sequence[str] | None) -> dict[str, Any]:
-    """The wanted entries, in the order wanted; all if None.
+def choose(variants: dict[str, Any], requested: Sequence[str] | None) -> dict[str, Any]:
+    """Selects the requested variants in their order; all if None.
 
     Raises:
         ValueError: there is no such variant.
     """
-    absent = [name for name in wanted or () if name not in variants]
+    absent = [name for name in requested or () if name not in variants]
     if absent:
         raise ValueError(f"no variant {absent[0]!r}; there are {sorted(variants)}")
-    return {name: variants[name] for name in wanted or variants}
+    return {name: variants[name] for name in requested or variants}
 
 
 def study_metrics(folder: Path, data: str | None, seed: int | None) -> dict[str, Path]:
-    """Variant -> metrics.json of one data set and seed of a study; the first ones by default.
+    """Finds the metrics.json of each variant for one data set and seed, by default the first ones.
 
     Raises:
-        ValueError: there is nothing of that kind; the message lists what there is.
+        ValueError: there is no such data set or seed; the message lists the available ones.
     """
     runs = {x.parts[-4:-1]: x for x in sorted(folder.glob("*/*/seed*/metrics.json"))}
     data = data or next((d for d, _, _ in runs), None)
@@ -244,7 +244,7 @@ def _keep_to_image(axes: Axes, image_rgb: np.ndarray) -> None:
 
 
 def model_figure(given: argparse.Namespace, scratch: str) -> Figure:
-    """The figure of a command that needs a model."""
+    """Draws the figure of a command that needs a model."""
     cfg, model, dataset = open_model_and_dataset(given, scratch)
     with torch.no_grad():
         if given.command == "positives":
@@ -283,12 +283,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for command in (stages, curves):
         command.add_argument("--variants", nargs="+", metavar="NAME", help="default: all")
     for command in commands.choices.values():
-        command.add_argument("--output", type=Path, required=True, help="picture to write")
+        command.add_argument("--output", type=Path, required=True, help="image file to write")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     given = parse(arguments)
     try:
         given.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the figures show, as tensors and numbers: labels, expert weights and proposals of images.
+"""Labels, expert weights and proposals of images, for the figures.
 
 S stages, N queries, M objects, C channels, E experts, I images.
 """
@@ -22,34 +22,34 @@ Sample = dict[str, Any]
 
 @dataclass
 class Positives:
-    """Labels of one image.
+    """Predictions and labels of one image.
 
     Attributes:
         image_rgb: (H, W, 3) uint8, the network input.
-        truth_xyxy: (M, 4) objects, pixels of the network input.
-        boxes_xyxy: (S, N, 4) what every stage predicts.
+        gt_xyxy: (M, 4) objects, pixels of the network input.
+        boxes_xyxy: (S, N, 4) predictions of every stage.
         assignment: (S, N) object of each prediction, -1 for background.
     """
 
     image_rgb: np.ndarray
-    truth_xyxy: Tensor
+    gt_xyxy: Tensor
     boxes_xyxy: Tensor
     assignment: Tensor
 
     @property
     def counts(self) -> Tensor:
-        """(S, M) predictions that answer for each object."""
-        objects = torch.arange(len(self.truth_xyxy))
+        """(S, M) number of predictions assigned to each object."""
+        objects = torch.arange(len(self.gt_xyxy))
         return (self.assignment[..., None] == objects).sum(dim=1)
 
 
 @dataclass
 class Proposals:
-    """What enters the first stage for one image.
+    """Proposals of one image, the input of the first stage.
 
     Attributes:
         image_rgb: (H, W, 3) uint8, the network input.
-        boxes: (N, 4) xyxy in shares of the image size.
+        boxes: (N, 4) xyxy, normalized by the image size.
         content: (N, C).
     """
 
@@ -59,7 +59,7 @@ class Proposals:
 
 
 def find_positives(model: SparseDetector, sample: Sample) -> Positives:
-    """Lets the model's matcher label its predictions of an image.
+    """Matches the predictions for an image with the model's matcher.
 
     Raises:
         ValueError: the image has no objects.
@@ -79,7 +79,7 @@ def find_positives(model: SparseDetector, sample: Sample) -> Positives:
 
 
 def collect_expert_weights(model: SparseDetector, samples: Iterable[Sample]) -> Tensor:
-    """Expert weights of a data set, (I, E, N).
+    """Collects the expert weights (I, E, N) of a data set.
 
     Raises:
         ValueError: the model has no experts.
@@ -94,11 +94,14 @@ def collect_expert_weights(model: SparseDetector, samples: Iterable[Sample]) -> 
 
 
 def expert_statistics(weights: Tensor) -> list[dict[str, float]]:
-    """Of each expert: mean weight, its spread over images (mean over proposals of the standard
-    deviation) and over proposals (standard deviation of the mean over images).
+    """Computes mean and spread of the weights of each expert.
 
     Args:
         weights: (I, E, N).
+
+    Returns:
+        For each expert its mean weight, the standard deviation over images (mean over proposals),
+        and the standard deviation over proposals (of the mean over images).
     """
     mean = weights.mean(dim=0)  # (E, N)
     over_images = weights.std(dim=0, correction=0).mean(dim=1)
@@ -110,7 +113,7 @@ def expert_statistics(weights: Tensor) -> list[dict[str, float]]:
 
 
 def find_proposals(model: SparseDetector, sample: Sample) -> Proposals:
-    """Proposals of an image.
+    """Computes the proposals of an image.
 
     Raises:
         ValueError: the model's queries have no boxes.
@@ -124,8 +127,11 @@ def find_proposals(model: SparseDetector, sample: Sample) -> Proposals:
 
 
 def proposal_changes(one: Proposals, other: Proposals) -> tuple[Tensor, Tensor]:
-    """How far each of N proposals differs between two images: mean distance of the four sides in
-    percent of the image size, and distance of the features relative to their length, in percent.
+    """Compares the N proposals of two images.
+
+    Returns:
+        Mean distance of the four sides in percent of the image size, and distance of the features
+        relative to their norm in percent.
 
     Raises:
         ValueError: the images have different numbers of proposals.

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Shows what IoU-enhanced attention and channel weighting do to one query of one image.
+"""Draws the effect of IoU-enhanced attention and channel weighting on one query.
 
     python projects/IoUEnhancedSparseRCNN/explain_figure.py --image street.jpg --output why.png \\
         --config configs/IoUEnhancedSparseRCNN/iou_sparse_rcnn_r50_100pro_3x.yaml --weights x.pth
 
-Above: whom the query listens to, with the scores of this checkpoint normalized once without and
-once with the IoU prior. Below, where the model has channel weighting: both channel masks, and where
-in the box the features that they pass are strong. B images, N queries, C channels, R = B * N, P
+Top: attention of the query to the other queries, from the scores of this checkpoint normalized
+without and with the IoU prior. Bottom, if the model has channel weighting: both channel masks and
+the strength of the masked features in the box. B images, N queries, C channels, R = B * N, P
 pooled positions.
 """
 
@@ -42,11 +42,11 @@ TASKS = {"cls": "classification", "reg": "regression"}
 
 @dataclass
 class Explanation:
-    """What a stage does with one query.
+    """Attention and channel masks of one query in one stage.
 
     Attributes:
         query: its index.
-        boxes_xyxy: (N, 4) boxes that entered the stage, pixels of the network input.
+        boxes_xyxy: (N, 4) input boxes of the stage, pixels of the network input.
         plain, enhanced: (N,) the query's attention, mean of the heads, without and with the prior.
         overlap: (N,) IoU of the query's box with every box.
         masks: task -> (C,) channel mask; empty without channel weighting.
@@ -63,12 +63,12 @@ class Explanation:
 
     @property
     def wasted(self) -> float:
-        """Share of the plain attention that goes to boxes without any overlap."""
+        """Share of the plain attention on boxes without any overlap."""
         return float(self.plain[self.overlap == 0].sum())
 
 
 class Recorder:
-    """Keeps inputs and output of modules during one forward pass."""
+    """Records inputs and output of modules during one forward pass."""
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         self.inputs: dict[str, tuple] = {}
@@ -93,16 +93,16 @@ class Recorder:
 def explain(
     model: SparseDetector, image: Tensor, stage: int = -1, query: int | None = None
 ) -> Explanation:
-    """Runs an image through the model and looks into one stage.
+    """Runs the model on an image and computes attention and masks of one stage.
 
     Args:
         model: with IoU-enhanced attention, in evaluation mode.
         image: (3, H, W) in the model's color order.
         stage: index of the stage, negative from the last.
-        query: index of the query; default: the one with the best score in the end.
+        query: index of the query; default: the one with the highest final score.
 
     Raises:
-        ValueError: another kind of attention, or no such stage or query.
+        ValueError: the attention is of another kind, or there is no such stage or query.
     """
     stages = model.roi_heads.stages
     if not -len(stages) <= stage < len(stages):
@@ -147,7 +147,7 @@ def _square(positions: Tensor) -> Tensor:
 
 
 def draw(explanation: Explanation, image_rgb: np.ndarray) -> Figure:
-    """The figure; `image_rgb` is the (H, W, 3) network input."""
+    """Draws the figure; `image_rgb` is the (H, W, 3) network input."""
     rows = 2 if explanation.masks else 1
     figure = plt.figure(figsize=(12, 5 * rows), layout="constrained")
     upper, *lower = figure.subfigures(rows, 1) if rows > 1 else [figure]
@@ -163,10 +163,10 @@ def draw(explanation: Explanation, image_rgb: np.ndarray) -> Figure:
 
 
 def _draw_attention(axes: Axes, image_rgb: np.ndarray, seen: Explanation, weights: Tensor) -> None:
-    """Every other box, the redder and the more opaque the more attention it gets."""
+    """Draws every other box with redness and opacity proportional to its attention."""
     axes.imshow(image_rgb)
     axes.set_axis_off()
-    # The query's own weight is not drawn, so it must not set the scale either.
+    # The query's own weight is not drawn, so it must not determine the scale.
     others = [i for i in weights.argsort().tolist() if i != seen.query]
     top = max((float(weights[i]) for i in others), default=0.0) or 1.0
     for i in others:
@@ -187,7 +187,7 @@ def _add_box(axes: Axes, box: Tensor, color: object, width: float, alpha: float)
 
 
 def _draw_masks(figure: Figure, image_rgb: np.ndarray, seen: Explanation) -> None:
-    """Left the masks, channels in the order of their difference; right the features in the box."""
+    """Draws the masks (channels ordered by their difference), and the features in the box."""
     axes = figure.subplots(1, 3, width_ratios=(2, 1, 1))
     order = (seen.masks["cls"] - seen.masks["reg"]).argsort()
     for task, name in TASKS.items():
@@ -208,14 +208,14 @@ def _draw_masks(figure: Figure, image_rgb: np.ndarray, seen: Explanation) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="yaml file of the model")
     parser.add_argument("--weights", help="checkpoint; default: MODEL.WEIGHTS of the configuration")
     parser.add_argument("--image", required=True)
-    parser.add_argument("--output", type=Path, required=True, help="picture to write")
+    parser.add_argument("--output", type=Path, required=True, help="image file to write")
     parser.add_argument("--stage", type=int, default=-1, help="default: the last one")
     parser.add_argument("--query", type=int, help="default: the one with the best score")
     parser.add_argument("options", nargs="*", metavar="KEY VALUE", help="overrides")

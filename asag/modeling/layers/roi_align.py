@@ -62,7 +62,8 @@ class PyramidRoIAlign(nn.Module):
       are moved out of the map, where the kernel returns zero at once, and the levels are summed.
     - "gather" (on a CPU): a pooled value is a weighted sum of a few cells, so pooling is a lookup
       of weighted rows in one table of all levels. Its inner loops run along the channels, those of
-      the CPU kernel across them. `tools/benchmark_roi_align.py` compares the two.
+      the CPU kernel across them. `tools/benchmarks/benchmark_roi_align.py`
+      compares the two.
     """
 
     def __init__(

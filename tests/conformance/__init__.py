@@ -1,0 +1,1 @@
+"""Conformance with tensors of the reference implementations; `tools/verify.py` is its command."""

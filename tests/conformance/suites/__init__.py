@@ -1,0 +1,1 @@
+"""Suites of reference tensors, one module for each."""

@@ -1,0 +1,1 @@
+"""Counting of parameters and multiply-adds, and metrics by stage."""

@@ -1,1 +1,0 @@
-"""The malformed inputs of tools/bad_inputs.py, one module a kind."""

@@ -1,0 +1,1 @@
+"""Benchmarks of alternative implementations of one component."""

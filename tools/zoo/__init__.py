@@ -1,0 +1,1 @@
+"""The page of the model zoo and the packaging of weights."""
