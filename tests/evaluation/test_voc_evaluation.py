@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from test_data_formats import voc_xml
 
 from asag.data import register_dataset
-from asag.data.catalog import build_evaluator
-from asag.evaluation import VocBoxEvaluator, voc_results
+from asag.evaluation import VocBoxEvaluator, build_evaluator, voc_results
 from asag.evaluation.voc_metrics import (
     VocDetections,
     VocObjects,

@@ -15,7 +15,7 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from asag.data import RegisteredDataset
-from asag.data.catalog import build_evaluator
+from asag.evaluation import build_evaluator
 from asag.evaluation.coco import RESULTS_FILE
 
 WIDTH, HEIGHT = 160, 128
