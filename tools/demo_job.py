@@ -2,8 +2,8 @@
 """Detects in photographs with a packaged model, then trains a detector on generated images.
 
 The trained detector is evaluated, and its predictions are drawn. The job takes less than ten
-minutes on two CPU cores. The photographs come with installed packages. An interrupted job is resumed, a
-finished one is evaluated again. Results are written to `output/demo`.
+minutes on two CPU cores. The photographs come with installed packages. An interrupted job is
+resumed, a finished one is evaluated again. Results are written to `output/demo`.
 """
 
 from __future__ import annotations
