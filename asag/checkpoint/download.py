@@ -51,6 +51,9 @@ _HUB_NAME = re.compile(r"-(?!\d{8}\.)([0-9a-f]{8,64})\.\w+$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HF = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?")
 
+from .packages import SCHEME as PACKAGE
+from .packages import package_file
+
 logger = logging.getLogger(__name__)
 pooch.get_logger().setLevel(logging.WARNING)  # downloads are announced here
 
@@ -313,5 +316,6 @@ RESOLVERS: dict[str, Callable[[str], Path]] = {
     "https": download,
     "hf": hugging_face_file,
     Detectron2Handler.PREFIX.removesuffix("://"): detectron2_file,
+    PACKAGE: lambda address: package_file(address.partition("://")[2]),
 }
 """Scheme of an address -> function from the whole address to the file."""

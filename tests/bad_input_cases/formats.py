@@ -130,10 +130,7 @@ def _voc() -> Iterator[Case]:
 
 
 def _yolo_files(**changes: str | bytes) -> dict[str, str | bytes]:
-    """Returns the files of two images for each split.
-
-    `changes` replaces data.yaml and the text of the first image.
-    """
+    """Returns two images for each split; `changes` replaces data.yaml and the first text file."""
     files: dict[str, str | bytes] = {"data.yaml": changes.get("yaml", YAML)}
     for split in ("train", "val"):
         for number in range(2):

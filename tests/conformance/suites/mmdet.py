@@ -44,7 +44,7 @@ def claims(path: Path) -> bool:
 
 
 def verify(path: Path) -> Iterator[Check]:
-    """Checks one case with each of its checkpoints; other files of the folder are no cases.
+    """Yields the comparisons of a case with each of its checkpoints; ignores other files.
 
     Raises:
         MissingCheckpoint: there is none beside it.
