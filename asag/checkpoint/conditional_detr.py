@@ -5,13 +5,28 @@ from __future__ import annotations
 from .detr import COMMON_RULES, OURS_STAGE, THEIRS_STAGE
 from .mapping import NameTable
 from .packing import PackedTable
+from .resnet import Rules
 
+_SELF, _CROSS = f"{OURS_STAGE}self_attention.", f"{OURS_STAGE}cross_attention."
 # Layers of the decoder's self-attention that this library keeps in one matrix.
 CONDITIONAL_PARTS = (
     (r"roi_heads\.stages\.\d+\.self_attention\.in_proj", 3),
     (r"roi_heads\.stages\.\d+\.self_attention\.position_proj", 2),
 )
-_SELF, _CROSS = f"{OURS_STAGE}self_attention.", f"{OURS_STAGE}cross_attention."
+
+
+def spatial_rules(decoder: str) -> Rules:
+    """Networks of the spatial queries and of the reference points, which are called the same
+    everywhere, below the prefix of a decoder."""
+    return tuple(
+        (f"{decoder}{theirs}.layers.{k}.", f"{ours}.{2 * k}.")
+        for theirs, ours in (
+            ("query_scale", "roi_heads.spatial_query.transformation"),
+            ("ref_point_head", "proposal_generator.point_head"),
+        )
+        for k in (0, 1)
+    )
+
 
 CONDITIONAL_DETR = PackedTable(
     NameTable(
@@ -30,22 +45,7 @@ CONDITIONAL_DETR = PackedTable(
             (f"{THEIRS_STAGE}ca_kpos_proj.", f"{_CROSS}spatial_key."),
             (f"{THEIRS_STAGE}ca_v_proj.", f"{_CROSS}value."),
             (f"{THEIRS_STAGE}cross_attn.out_proj.", f"{_CROSS}out_proj."),
-            (
-                "transformer.decoder.query_scale.layers.0.",
-                "roi_heads.spatial_query.transformation.0.",
-            ),
-            (
-                "transformer.decoder.query_scale.layers.1.",
-                "roi_heads.spatial_query.transformation.2.",
-            ),
-            (
-                "transformer.decoder.ref_point_head.layers.0.",
-                "proposal_generator.point_head.0.",
-            ),
-            (
-                "transformer.decoder.ref_point_head.layers.1.",
-                "proposal_generator.point_head.2.",
-            ),
+            *spatial_rules("transformer.decoder."),
         ),
         settings={"MODEL.DECODER.REFERENCE_EPS": 1e-5},
     ),

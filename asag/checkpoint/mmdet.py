@@ -6,7 +6,7 @@ DETR was renamed twice: the names of version 3 are written, those of 2.12 to 2.2
 
 from __future__ import annotations
 
-from .conditional_detr import CONDITIONAL_PARTS
+from .conditional_detr import CONDITIONAL_PARTS, spatial_rules
 from .detr import CLASSIFIER, OURS_ENCODER, OURS_STAGE
 from .mapping import NameTable
 from .packing import PackedTable
@@ -70,7 +70,7 @@ _COMMON_RULES = (
 )
 
 
-def _attention_rules(theirs: str, ours: str) -> Rules:
+def attention_rules(theirs: str, ours: str) -> Rules:
     """Packed attention."""
     return (
         (f"{theirs}.attn.in_proj_weight", f"{ours}.in_proj.weight"),
@@ -79,7 +79,7 @@ def _attention_rules(theirs: str, ours: str) -> Rules:
     )
 
 
-def _layer_rules(theirs: str, ours: str, ffn: str, norms: tuple[str, ...]) -> Rules:
+def layer_rules(theirs: str, ours: str, ffn: str, norms: tuple[str, ...]) -> Rules:
     """Feed-forward network and norms of a layer."""
     return (
         (f"{theirs}{ffn}.layers.0.0.", f"{ours}ffn.linear1."),
@@ -104,9 +104,9 @@ def _transformer_rules(
     return (
         (f"{input_proj}.", "neck.input_proj."),
         (f"{head}query_embedding.weight", "proposal_generator.embedding"),
-        *_attention_rules(f"{encoder}{self_attention}", f"{OURS_ENCODER}self_attention"),
-        *_layer_rules(encoder, OURS_ENCODER, ffn, ("self_residual.norm", "ffn.norm")),
-        *_layer_rules(
+        *attention_rules(f"{encoder}{self_attention}", f"{OURS_ENCODER}self_attention"),
+        *layer_rules(encoder, OURS_ENCODER, ffn, ("self_residual.norm", "ffn.norm")),
+        *layer_rules(
             decoder, OURS_STAGE, ffn, ("self_residual.norm", "cross_residual.norm", "ffn.norm")
         ),
         (f"{prefix}decoder.{final_norm}.", "roi_heads.norm."),
@@ -117,8 +117,8 @@ def _detr_rules(cross_attention: str, **names: str) -> Rules:
     stage, self_attention = f"{names['prefix']}decoder.layers.{{i}}.", names["self_attention"]
     return (
         *_transformer_rules(**names),
-        *_attention_rules(f"{stage}{self_attention}", f"{OURS_STAGE}self_attention"),
-        *_attention_rules(f"{stage}{cross_attention}", f"{OURS_STAGE}cross_attention"),
+        *attention_rules(f"{stage}{self_attention}", f"{OURS_STAGE}self_attention"),
+        *attention_rules(f"{stage}{cross_attention}", f"{OURS_STAGE}cross_attention"),
     )
 
 
@@ -183,14 +183,7 @@ MMDET_CONDITIONAL_DETR = PackedTable(
                     ("out", "out_proj"),
                 )
             ),
-            *(
-                (f"decoder.{theirs}.layers.{k}.", f"{ours}.{2 * k}.")
-                for theirs, ours in (
-                    ("query_scale", "roi_heads.spatial_query.transformation"),
-                    ("ref_point_head", "proposal_generator.point_head"),
-                )
-                for k in (0, 1)
-            ),
+            *spatial_rules("decoder."),
         ),
         theirs_only=_STRAY,
         settings={"MODEL.DECODER.REFERENCE_EPS": 1e-5, "MODEL.CLIP_BOXES": True},

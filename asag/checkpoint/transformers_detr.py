@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .conditional_detr import spatial_rules
 from .detr import CLASSIFIER, OURS_ENCODER, OURS_STAGE
 from .mapping import NameTable
 from .packing import PackedTable
@@ -73,14 +74,7 @@ _CONDITIONAL_RULES = (
             ("ca_v", "cross_attention.value"),
         )
     ),
-    *(
-        (f"model.decoder.{theirs}.layers.{k}.", f"{ours}.{2 * k}.")
-        for theirs, ours in (
-            ("query_scale", "roi_heads.spatial_query.transformation"),
-            ("ref_point_head", "proposal_generator.point_head"),
-        )
-        for k in (0, 1)
-    ),
+    *spatial_rules("model.decoder."),
 )
 
 # Part of a published name -> what version 5 calls the module.
