@@ -33,6 +33,9 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 from iopath.common.file_io import file_lock, get_cache_dir
 from tqdm import tqdm
 
+from .packages import SCHEME as PACKAGE
+from .packages import package_file
+
 # Imported late: huggingface_hub and requests take a second, and most runs download nothing.
 if TYPE_CHECKING:
     import requests
@@ -51,8 +54,6 @@ _HUB_NAME = re.compile(r"-(?!\d{8}\.)([0-9a-f]{8,64})\.\w+$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _HF = re.compile(r"hf://(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?(?:/(?P<file>.+))?")
 
-from .packages import SCHEME as PACKAGE
-from .packages import package_file
 
 logger = logging.getLogger(__name__)
 pooch.get_logger().setLevel(logging.WARNING)  # downloads are announced here
