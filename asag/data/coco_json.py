@@ -41,7 +41,7 @@ def read_coco_table(json_file: Path, image_roots: Sequence[Path]) -> CocoTable:
     """
     reader = _Reader(json_file)
     images, annotations, categories = reader.sections()
-    image_ids = reader.column("images", images, "id", (int, str), "a number or text")
+    image_ids = reader.ids("images", images)
     file_names = reader.column("images", images, "file_name", (str,), "text")
     reader.unique("image id", image_ids, "give every image its own id")
     image_hw = reader.image_sizes(images)
@@ -170,6 +170,17 @@ class _Reader:
         self.report_each(problems, f"every entry of {section} needs {key!r}: {expected}")
         return values
 
+    def ids(self, section: str, entries: list[dict]) -> list:
+        """The ids of a section; 7.0, as tables of other programs write it, is 7."""
+        values = [
+            int(x["id"]) if isinstance(x.get("id"), float) and x["id"].is_integer() else x.get("id")
+            for x in entries
+        ]
+        given = [
+            x | {"id": value} if "id" in x else x for x, value in zip(entries, values, strict=True)
+        ]
+        return self.column(section, given, "id", (int, str), "a whole number or text")
+
     def unique(self, what: str, values: list, remedy: str) -> None:
         counts = Counter(value for value in values if type(value) in (int, str))
         twice = [value for value, count in counts.items() if count > 1]
@@ -202,7 +213,7 @@ class _Reader:
     ) -> tuple[tuple[str, ...], tuple[int | str, ...], np.ndarray]:
         """Class names and category ids by rising id, and the (A,) class index of every box."""
         issues_before = len(self.issues)
-        ids = self.column("categories", categories, "id", (int, str), "a number or text")
+        ids = self.ids("categories", categories)
         names = self.column("categories", categories, "name", (str,), "text")
         types = (int, float, str)
         used = self.column("annotations", annotations, "category_id", types, "a category's id")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from asag.files import atomic_writer
 
 SMALL_SET = 400_000_000  # pixels of all images together up to which they are decoded unasked
 _THREADS = 8  # they wait for the disk, and decoders release the interpreter
+_CHUNK = 32  # images that a thread takes at a time
 _MIN_CACHED = 200  # new results from which on they are written to the cache
 _HEAD = 1 << 16  # bytes of a file that are compared
 _REPLACE = "replace the image, or take it out of the data set"
@@ -81,25 +82,32 @@ def inspect_images(
     _load(cache)
     stamps = [_stamp(path) for path in paths]
     facts = [_recall(path, stamp) for path, stamp in zip(paths, stamps, strict=True)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        todo = [row for row, fact in enumerate(facts) if fact is None]
-        new = len(todo)
-        headers = pool.map(lambda row: _read_header(paths[row], max_pixels), todo)
-        for row, fact in zip(todo, headers, strict=True):
-            facts[row] = fact
-        facts = [replace(x, error=x.error or excess(x.width, x.height, max_pixels)) for x in facts]
-        if decode is None:
-            decode = sum(fact.height * fact.width for fact in facts) <= SMALL_SET
-        todo = [row for row, x in enumerate(facts) if decode and not (x.decoded or x.error)]
-        decoded = pool.map(lambda row: _decode(paths[row], facts[row], max_pixels), todo)
-        for row, fact in zip(todo, decoded, strict=True):
-            facts[row] = fact
+    todo = [row for row, fact in enumerate(facts) if fact is None]
+    new = len(todo)
+    headers = _in_threads(lambda row: _read_header(paths[row], max_pixels), todo)
+    for row, fact in zip(todo, headers, strict=True):
+        facts[row] = fact
+    facts = [replace(x, error=x.error or excess(x.width, x.height, max_pixels)) for x in facts]
+    if decode is None:
+        decode = sum(fact.height * fact.width for fact in facts) <= SMALL_SET
+    todo = [row for row, x in enumerate(facts) if decode and not (x.decoded or x.error)]
+    decoded = _in_threads(lambda row: _decode(paths[row], facts[row], max_pixels), todo)
+    for row, fact in zip(todo, decoded, strict=True):
+        facts[row] = fact
     for path, stamp, fact in zip(paths, stamps, facts, strict=True):
         if stamp is not None and not fact.error:
             _known[path] = stamp, fact
     if new + len(todo) >= _MIN_CACHED:
         _save(cache, paths)
     return facts
+
+
+def _in_threads(function: Callable[[int], ImageFacts], rows: Sequence[int]) -> list[ImageFacts]:
+    chunks = [rows[i : i + _CHUNK] for i in range(0, len(rows), _CHUNK)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return [
+            x for part in pool.map(lambda c: [function(row) for row in c], chunks) for x in part
+        ]
 
 
 def with_checked_images(
@@ -138,28 +146,30 @@ def shared_images(paths: Sequence[str], others: Sequence[str]) -> int:
 
     Files are told apart by their size, then by their first bytes.
     """
-    of_size: dict[int, list[str]] = {}
-    for path in filter(None, others):
-        if (stamp := _stamp(path)) is not None:
-            of_size.setdefault(stamp[0], []).append(path)
-    heads: dict[str, bytes] = {}
+    by_size, others_by_size = _by_size(paths), _by_size(others)
     count = 0
-    for path in filter(None, paths):
-        stamp = _stamp(path)
-        alike = of_size.get(stamp[0], ()) if stamp is not None else ()
-        count += any(_head(path, heads) == _head(other, heads) for other in alike)
+    for size in by_size.keys() & others_by_size.keys():
+        known = {_head(other) for other in others_by_size[size]}
+        count += sum(_head(path) in known for path in by_size[size])
     return count
 
 
-def _head(path: str, known: dict[str, bytes]) -> bytes:
+def _by_size(paths: Sequence[str]) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
+    for path in filter(None, paths):
+        stamp = _stamp(path)
+        if stamp is not None:
+            found.setdefault(stamp[0], []).append(path)
+    return found
+
+
+def _head(path: str) -> bytes:
     """Digest of the first bytes of a file, which compressed images share only if they are equal."""
-    if path not in known:
-        try:
-            with open(path, "rb") as file:
-                known[path] = hashlib.sha256(file.read(_HEAD)).digest()
-        except OSError:
-            known[path] = path.encode("utf-8", "surrogateescape")
-    return known[path]
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read(_HEAD)).digest()
+    except OSError:
+        return path.encode("utf-8", "surrogateescape")
 
 
 def _other_size(path: str, fact: ImageFacts, height: int, width: int) -> DataIssue:

@@ -1,6 +1,7 @@
 """Reading image files of any common kind, with errors that name the file."""
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Iterator
@@ -19,9 +20,6 @@ TOO_LARGE_REMEDY = (
 
 _EXIF_ORIENTATION = 0x0112
 _TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
-
-# Larger images are refused by our own limit, with a message that names the key.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class ImageReadError(OSError):
@@ -92,6 +90,7 @@ def excess(width: int, height: int, max_pixels: int | None) -> str:
 @contextlib.contextmanager
 def _opened(path: str, max_pixels: int | None) -> Iterator[Image.Image]:
     """Opens a file with Pillow; whatever goes wrong in the block becomes an ImageReadError."""
+    _silence_pillow()
     # Pillow warns above its own limit and refuses twice as many pixels.
     if Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels or MAX_PIXELS)
@@ -116,6 +115,12 @@ def _opened(path: str, max_pixels: int | None) -> Iterator[Image.Image]:
         ) from error
     if too_large:
         raise ImageReadError(f"image {path}: {too_large}. {TOO_LARGE_REMEDY}", too_large)
+
+
+@functools.cache
+def _silence_pillow() -> None:
+    """Leaves it to our own message, which names the key, that an image is too large."""
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def upright(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ is accepted if exactly one file fits it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
@@ -201,6 +202,8 @@ class FileIndex:
 
     def describe(self, name: str) -> str:
         """Says why a name has no file, with the nearest one there is."""
+        with contextlib.suppress(OSError, ValueError):  # no link, or a name no file can have
+            return f"it links to {printable(os.readlink(self.root / name))}, which is not there"
         several = self.candidates(name)
         if len(several) > 1:
             return f"several files fit: {', '.join(printable(x) for x in several[:3])}"

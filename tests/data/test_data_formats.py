@@ -325,6 +325,7 @@ def test_voc_round_trip(tmp_path_factory, images):
         (".", "."),
         ("pictures", "pictures/xml"),
         ("images", "labels"),
+        ("data", "labels"),
         ("set/JPEGImages", "set/Annotations"),
     ],
 )

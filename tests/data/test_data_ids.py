@@ -193,6 +193,28 @@ def test_image_ids_written_differently_are_taken_and_reported(tmp_path, write):
     assert {x["image_id"] for x in written} == {1, 2}
 
 
+def test_ids_written_as_floats(tmp_path):
+    """As tables of other programs write them."""
+
+    def change(name: str, data: dict) -> None:
+        for section in ("images", "annotations", "categories"):
+            for entry in data[section]:
+                for key in {"id", "image_id", "category_id"} & entry.keys():
+                    entry[key] = float(entry[key])
+
+    made = register_dataset(write_roboflow(tmp_path / "d", change), output_dir=tmp_path)
+    results, written = evaluate_perfect(made, tmp_path / "inference")
+    assert results["bbox"]["AP-cat"] == results["bbox"]["AP-dog"] == pytest.approx(100)
+    assert {x["image_id"] for x in written} == {1, 2}
+
+    def fraction(name: str, data: dict) -> None:
+        data["images"][0]["id"] = 1.5
+
+    folder = write_roboflow(tmp_path / "e", fraction)
+    with pytest.raises(DatasetError, match=r"images\[0\] \(id 1\.5\): 'id' = 1\.5"):
+        register_dataset(folder, output_dir=tmp_path)
+
+
 def test_category_names_for_ids_are_taken_and_reported(tmp_path):
     def change(name: str, data: dict) -> None:
         for annotation in data["annotations"]:

@@ -82,9 +82,9 @@ def test_broken_links_are_missing_files(tmp_path, split):
     made = register_dataset(folder, output_dir=tmp_path)
     report = made.reports[split == "valid"]
     assert report.missing_files == 1
-    assert (
-        "1 image file(s) do not exist; these images are dropped (first: 001.png" in report.table()
-    )
+    table = report.table()
+    assert "1 image file(s) do not exist; these images are dropped (first: 001.png; " in table
+    assert "it links to ../../gone/001.png, which is not there" in table
     names = [Path(x["file_name"]).name for x in DatasetCatalog.get(report.name)]
     assert "001.png" not in names and len(names) == report.images - 1
 
