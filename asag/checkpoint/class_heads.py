@@ -15,7 +15,7 @@ from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from tabulate import tabulate
 from torch import Tensor
 
-from ..data.class_names import loose_name
+from .class_names import loose_name
 from .detr import PUBLISHED_COLUMNS
 
 # Every classifier of every stage, copy and proposal generator is called this.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from asag.data.class_names import loose_name
+from asag.checkpoint.class_names import loose_name
 from asag.data.coco_table import CocoTable
 from asag.data.columns import all_crowd, check_boxes, corrected_columns
 from asag.data.errors import DataIssue, DatasetError

@@ -163,7 +163,7 @@ def test_names_of_drawn_images_fit_any_disk(image_id, file_name, stem):
 
 
 def test_keys_and_options_of_the_page_exist():
-    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     keys = set(re.findall(r"\b(?:INPUT|DATASETS|SOLVER|TEST|MODEL)\.[A-Z_.]+[A-Z]", page))
     cfg = tiny_cfg("unused")
     assert {"INPUT.MAX_PIXELS", "DATASETS.CHECK_BOXES"} <= keys

@@ -10,8 +10,8 @@ from data_support import evaluate_perfect, write_image, write_roboflow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asag.checkpoint.class_names import loose_name, match_names
 from asag.data import DatasetError, register_dataset
-from asag.data.class_names import loose_name, match_names
 from asag.data.image_names import find_images, present_files
 
 BEAR = "b\u00e4r"

@@ -107,7 +107,7 @@ def verify_run(
     inputs = [{"image": x} for x in images]
     batch = model.preprocess_images(inputs)
     sizes = ImageSizes.from_images(batch)
-    predictions, _ = model.predict(batch.tensor, sizes)
+    predictions, _ = model.forward_stages(batch.tensor, sizes)
     logits = max(LOGITS, noise["logits"])
     pixels = "stage_deltas" in expected
     boxes = max(PIXELS if pixels else SHARES, noise["boxes"])
