@@ -44,7 +44,7 @@ def coco_row_names(rows: int) -> list[str | None] | None:
 
 @dataclass(frozen=True)
 class ClassTransfer:
-    """Where the rows of the data's classes come from.
+    """Sources of the classifier rows of the data's classes.
 
     Attributes:
         data_names: K classes of the data.
@@ -72,12 +72,12 @@ class ClassTransfer:
 
     @property
     def is_identity(self) -> bool:
-        """Whether every row stays where it is."""
+        """True if every row stays where it is."""
         return self.rows == tuple(range(len(self.file_names)))
 
     @property
     def all_new(self) -> bool:
-        """Whether no class of the data is known."""
+        """True if no class of the data is known."""
         return all(row is None for row in self.rows)
 
     def fill(self, fresh: Tensor, trained: Tensor) -> Tensor:

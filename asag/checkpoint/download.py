@@ -136,7 +136,7 @@ def detectron2_file(address: str) -> Path:
 
 
 def cached_path(url: str) -> Path:
-    """Where a download is kept.
+    """Returns the path at which a download is kept.
 
     Raises:
         ValueError: the URL ends without a file name.

@@ -7,7 +7,7 @@ from .sparse_rcnn import COMMON_RULES, OURS, SETTINGS, THEIRS
 
 
 def _task_rules(task: str) -> tuple[tuple[str, str], ...]:
-    """What the class path ("cls") or the box path ("reg") of a stage owns."""
+    """Name rules of the class path ("cls") or the box path ("reg") of a stage."""
     path = f"{OURS}interaction.{task}_path."
     return (
         (f"{THEIRS}inst_interact.proj_{task}1.", f"{path}mask.reduce."),

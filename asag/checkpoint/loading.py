@@ -254,7 +254,7 @@ def _check_whole(model: nn.Module, incompatible: Any, address: str) -> None:
 
 
 def _holds_average(loaded: Mapping[str, Any]) -> bool:
-    """Whether "ema" is what this library writes: all of the model, under the same names."""
+    """Returns True if "ema" is what this library writes: all of the model, under the same names."""
     average = loaded.get("ema")
     return isinstance(average, Mapping) and average.keys() == loaded["model"].keys()
 

@@ -51,7 +51,7 @@ class NameTable:
         return self._rename(shared, self._compiled[1], f"that {self.source} has no name for")
 
     def covers(self, names: Iterable[str]) -> bool:
-        """Whether every published name is known to this table."""
+        """Returns True if this table knows every published name."""
         return not self.unknown(names)
 
     def unknown(self, names: Iterable[str]) -> list[str]:

@@ -91,7 +91,7 @@ def layer_rules(theirs: str, ours: str, ffn: str, norms: tuple[str, ...]) -> Rul
 def _transformer_rules(
     prefix: str, input_proj: str, head: str, self_attention: str, ffn: str, final_norm: str
 ) -> Rules:
-    """What DETR and Conditional DETR share of encoder and decoder.
+    """Name rules of encoder and decoder that DETR and Conditional DETR share.
 
     Args:
         prefix: of encoder and decoder.

@@ -73,7 +73,7 @@ class PackedTable:
         return self.names.to_theirs(unpacked)
 
     def covers(self, names: Iterable[str]) -> bool:
-        """Whether every published name is known to this table."""
+        """Returns True if this table knows every published name."""
         return self.names.covers(names)
 
     def unknown(self, names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What became of a weights file: nothing of a model stays at its random start unsaid."""
+"""Report of loaded weights: which tensors were loaded, renamed, left out or kept random."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ShapeMismatch = tuple[str, Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Where the tensors of a file went.
+    """Destinations of the tensors of a file.
 
     Attributes:
         address: what was loaded.
@@ -50,12 +50,12 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether file and model hold the same tensors."""
+        """True if file and model hold the same tensors."""
         return not (self.fresh or self.other_shape or self.left_out)
 
     @property
     def backbone_only(self) -> bool:
-        """Whether the file held a whole backbone, perhaps with an image classifier on it, and
+        """True if the file held a whole backbone, perhaps with an image classifier on it, and
         nothing else: how training usually starts."""
         return (
             not self.other_shape
@@ -125,7 +125,7 @@ def _some(names: Sequence[str]) -> str:
 
 @dataclass
 class LoadedFile:
-    """What is known about a weights file while it is loaded.
+    """State of a weights file while it is loaded.
 
     Attributes:
         address: as it was asked for.
@@ -142,7 +142,7 @@ class LoadedFile:
     fresh_classes: int = 0
 
     def report(self, model: nn.Module, incompatible: Any) -> LoadReport:
-        """What came of it.
+        """Returns the result of loading.
 
         Args:
             model: it was loaded into this.

@@ -57,7 +57,7 @@ def transformers_rules(theirs: str, ours: str) -> Rules:
 
 
 def is_image_classifier(state: Iterable[str]) -> bool:
-    """Whether these are the names of a residual network by itself, trained on ImageNet or so."""
+    """Returns True if these are the names of a residual network by itself."""
     names = {name.removeprefix(_WRAPPER) for name in state}
     return _TORCHVISION_STEM in names or _TRANSFORMERS_STEM in names
 

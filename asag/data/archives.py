@@ -80,7 +80,7 @@ def _extract(archive: Path, folder: Path) -> None:
 
 
 def _is_clutter(name: str) -> bool:
-    """What a Mac adds to archives."""
+    """Returns True for files that macOS adds to archives."""
     return name.startswith("__MACOSX/") or os.path.basename(name).startswith("._")
 
 

@@ -89,12 +89,12 @@ def _describe(section: str, row: int, entry: Any) -> str:
 
 
 def _is_flag(value: Any) -> bool:
-    """Whether a value is 0 or 1; text is not, "0" would pass for true."""
+    """Returns True if a value is 0 or 1; text is not, "0" would pass for true."""
     return isinstance(value, int | float) and value in (0, 1)
 
 
 def _is_text(value: str) -> bool:
-    """Whether a terminal or a file can take a text: JSON can hold half a character."""
+    """Returns True if a text can be encoded: JSON can hold half a character."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -252,7 +252,7 @@ class _Reader:
         """(A,) rows of the annotations' images; -1 for images that are not listed.
 
         An id of another type than the image's, or its file name, is taken where it fits one image
-        only. Complains if most annotations fit no image.
+        only. Reports an error if most annotations fit no image.
         """
         stems = [PurePosixPath(name.replace("\\", "/")) for name in file_names]
         names = ([x.name for x in stems], [x.stem for x in stems])

@@ -53,7 +53,7 @@ _SUFFIXES = {
 
 
 def describe_json(data: Any) -> tuple[str, str] | None:
-    """What a JSON value is that is not a COCO file of boxes, and how to go on.
+    """Names a JSON value that is not a COCO file of boxes, and says how to convert it.
 
     Returns:
         Name of the format and remedy; None for what is not known.

@@ -1,4 +1,4 @@
-"""Which image stands where in training: a pure function of (seed, position), for any rank.
+"""Order of the training images: a pure function of (seed, position), for any rank.
 
 The global sequence of samples is counted by `position` = 0, 1, 2, ... Step `s` of training takes
 the positions [s * total_batch, (s + 1) * total_batch), rank r the r-th part of them. Nothing

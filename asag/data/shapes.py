@@ -31,7 +31,7 @@ ANNOTATION_FILE = "_annotations.coco.json"
 
 @dataclass(frozen=True)
 class ShapesSpec:
-    """What a generated data set looks like.
+    """Specification of a generated data set.
 
     Attributes:
         name: prefix of the registered names and of the cache folder.

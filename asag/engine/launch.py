@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Place(NamedTuple):
-    """Of a process among all, and among those of its machine."""
+    """Rank of a process among all, and among those of its machine."""
 
     rank: int
     world_size: int
@@ -39,7 +39,7 @@ class _Place(NamedTuple):
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment already names this process's place in a group."""
+    """Returns True if the environment names this process's rank in a group."""
     return all(name in os.environ for name in TORCHRUN_VARIABLES)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint of a training holds, and how a training goes on from it."""
+"""Content of training checkpoints, and resuming from them."""
 
 from __future__ import annotations
 

@@ -211,7 +211,7 @@ def _renumbered(
     image_numbers: dict[int | str, int],
     category_numbers: dict[int | str, int],
 ) -> dict[str, Any]:
-    """What the evaluation of boxes reads of a COCO file, with numbers for ids.
+    """Returns the part of a COCO file that evaluation reads, with numbers for ids.
 
     Annotations of images or categories that the file does not list are left out.
     """

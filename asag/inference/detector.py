@@ -50,7 +50,7 @@ class Detection(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Detections:
-    """What was found in one picture, by falling score.
+    """Detections of one image, by falling score.
 
     Attributes:
         boxes_xyxy: (n, 4) float32, left, top, right, bottom in pixels of the upright picture.

@@ -1,4 +1,4 @@
-"""What the scripts of figures look at: a trained model, and pictures of a file or a data set."""
+"""Inputs of the figure scripts: a trained model, and images of a file or a data set."""
 
 from __future__ import annotations
 

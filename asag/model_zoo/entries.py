@@ -1,4 +1,4 @@
-"""What the zoo knows of each name: configuration, claims of the paper, measured figures, weights.
+"""Entries of the model zoo: configuration, claims of the paper, measured figures, weights.
 
 A name is that of a recipe, or of weights. Those of the authors go by the name of their recipe;
 weights that others trained or converted add to it whose they are: `_mmdet`, `_detrex`, `_hf`.
@@ -28,7 +28,7 @@ PHOTOGRAPHS = "dense_lite0_voc_animals"
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says that a configuration reaches; nobody has measured it here.
+    """Result that a paper reports for a configuration; it was not measured here.
 
     Attributes:
         ap: box AP in percent.
@@ -108,7 +108,7 @@ def names() -> list[str]:
 
 
 def entry(name: str) -> Entry:
-    """What is known of a name.
+    """Entry of the model zoo.
 
     Raises:
         KeyError: unknown; the message has the nearest names.

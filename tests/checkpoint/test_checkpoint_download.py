@@ -18,7 +18,7 @@ SUM = hashlib.sha256(BODY).hexdigest()
 
 
 def leftovers(url: str) -> list[str]:
-    """What lies beside a cached file, locks aside."""
+    """Files beside a cached file, without locks."""
     folder = cached_path(url).parent
     return sorted(x.name for x in folder.iterdir() if x.suffix != ".lock")
 

@@ -54,7 +54,7 @@ PARTS = {
 
 
 def detrex_name(name: str, conditional: bool, torchvision: bool) -> str:
-    """What detrex calls a parameter of the authors."""
+    """Returns detrex's name of a parameter of the authors."""
     if name.startswith("backbone."):
         return name.replace("backbone.0.", "backbone.") if torchvision else detectron2_name(name)
     name = name.replace("decoder.norm.", "decoder.post_norm_layer.")

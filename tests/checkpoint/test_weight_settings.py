@@ -94,7 +94,7 @@ def test_a_backbone_of_another_detector_changes_nothing(head: list[str], tmp_pat
 
 
 class TestDetections:
-    """Of boxes that the last stage would stretch far beyond the image, and by more than allowed."""
+    """Detections of boxes that the last stage would stretch by more than allowed."""
 
     @pytest.fixture
     def wild(self) -> nn.Module:

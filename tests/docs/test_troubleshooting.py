@@ -83,7 +83,7 @@ def words(text: str) -> str:
 
 
 def is_said(line: str, strings: tuple[str, ...]) -> bool:
-    """Whether each part of a line, cut at every "...", is inside of one of the strings."""
+    """Returns True if each part of a line, cut at every "...", is inside of one of the strings."""
     parts = [words(PLACEHOLDER.sub("{}", part)) for part in line.split("...")]
     told = [part for part in parts if len(part.replace("{}", "")) > MIN_WORDS]
     return bool(told) and all(any(part in text for text in strings) for part in told)

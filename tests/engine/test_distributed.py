@@ -57,7 +57,7 @@ def gradient_norms(trainer: Trainer) -> list[float]:
 
 
 def work(data: str, folder: str) -> int:
-    """What each of two processes does."""
+    """Work of each of two processes."""
     register_tiny_shapes(data)
     found = {"world_size": comm.get_world_size(), "local_size": comm.get_local_size()}
     for name, changes in {
@@ -80,7 +80,7 @@ def work(data: str, folder: str) -> int:
 
 
 def command_line(folder: Path) -> int:
-    """What train_net.py does in a process that it has started, for data of one's own."""
+    """Runs train_net.py as in a process that it has started, for data of one's own."""
     options = tiny_options(folder / "out", SOLVER__MAX_ITER=1)
     data = ["DATASETS.TRAIN", "('mine_train',)", "DATASETS.TEST", "('mine_val',)"]
     argv = ["--config-file", str(CONFIG), "--data", str(folder / "mine"), *options, *data]

@@ -31,7 +31,7 @@ def arguments(output_dir: Path, *flags: str, **changes) -> list[str]:
 
 
 def issue(capsys, argv: list[str]) -> str:
-    """What main printed on stderr when it refused."""
+    """Returns the error that main printed on stderr."""
     assert main(argv) == 2
     message = capsys.readouterr().err.strip().splitlines()
     assert sum("error: " in line for line in message) == 1
@@ -118,7 +118,7 @@ def test_augmented_evaluation(tmp_path):
 
 
 def detections(folder: Path) -> list[list[dict]]:
-    """What an evaluation wrote without and with augmentation, in one order."""
+    """Results that an evaluation wrote without and with augmentation, in one order."""
     return [
         sorted(
             json.loads((folder / name / "coco_instances_results.json").read_text()),

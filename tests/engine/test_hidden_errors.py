@@ -1,4 +1,4 @@
-"""What goes wrong last does not hide what went wrong first, and nothing costs a step its time."""
+"""Later errors do not hide the first one, and nothing costs a step its time."""
 
 import sys
 from types import SimpleNamespace

@@ -68,7 +68,7 @@ def process(folder: Path, rank: int) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and waits to be noticed does not."""
+    """Returns True if a process runs; one that has ended and waits to be noticed does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def alive(pid: int) -> bool:
 
 
 def ready(folder: Path) -> Callable[[], bool]:
-    """Whether both processes are in the middle of training, and a checkpoint is written."""
+    """Returns a check that both processes train and a checkpoint is written."""
     names = ["last_checkpoint", *(PROCESS_FILE.format(rank=rank) for rank in (0, 1))]
     return lambda: all((folder / name).is_file() for name in names)
 

@@ -1,4 +1,4 @@
-"""What a training shows on a terminal, keeps in its log and sends to Weights & Biases."""
+"""Output of a run: what it shows on a terminal, keeps in its log and sends to Weights & Biases."""
 
 from __future__ import annotations
 

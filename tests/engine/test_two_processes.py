@@ -1,4 +1,4 @@
-"""What the processes of a training must agree on: averages, early stops, validation, resuming."""
+"""Agreement of the processes of a run: averages, early stops, validation, resuming."""
 
 from __future__ import annotations
 

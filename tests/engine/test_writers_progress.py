@@ -99,7 +99,7 @@ def messages(text: str) -> list[str]:
 
 
 def rows(text):
-    """What stands on a terminal in the end: carriage returns and cursor movements carried out."""
+    """Text on a terminal in the end: carriage returns and cursor movements carried out."""
     screen, row, column = [[]], 0, 0
     for token in re.findall(r"\x1b\[[\d;]*[A-Za-z]|.", text, flags=re.DOTALL):
         if token == "\n":

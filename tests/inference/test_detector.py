@@ -223,7 +223,7 @@ def test_unusable_arguments_are_refused():
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
-    """What a training leaves: config.yaml, model_best.pth and model_final.pth."""
+    """Files that a run leaves: config.yaml, model_best.pth and model_final.pth."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.yaml").write_text(model_zoo.config(OWN).dump())
     loaded = torch.load(model_zoo.entry(OWN).weights)

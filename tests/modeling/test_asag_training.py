@@ -1,4 +1,4 @@
-"""What trains ASAG against loops: patches, their targets, anchor losses, weights, denoising."""
+"""Training of ASAG compared with loops: patches, targets, anchor losses, weights, denoising."""
 
 from __future__ import annotations
 

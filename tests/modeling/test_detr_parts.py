@@ -1,4 +1,4 @@
-"""What DETR and Conditional DETR share: embeddings, masks, encoder, residuals, padding."""
+"""Shared parts of DETR and Conditional DETR: embeddings, masks, encoder, residuals, padding."""
 
 from __future__ import annotations
 

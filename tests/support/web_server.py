@@ -10,7 +10,7 @@ BODY = bytes(range(256)) * 40
 
 @dataclass
 class Page:
-    """What the server answers to one path.
+    """Answers of the server to one path.
 
     Attributes:
         cuts: bytes after which one connection each breaks.

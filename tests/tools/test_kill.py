@@ -25,7 +25,7 @@ def test_three_kills():
 
 
 def write_run(folder: Path) -> Path:
-    """What a finished run leaves behind, as far as the tool looks at it."""
+    """Files of a finished run, as far as the tool looks at it."""
     (folder / "inference").mkdir(parents=True)
     (folder / "inference/coco_instances_results.json").write_text("[]")
     (folder / "metrics.json").write_text('{"iteration": 1}\n')

@@ -46,7 +46,7 @@ def gray(height=480, width=640):
 
 
 def outlined(picture, box, color):
-    """Whether all four edge middles of a box have the color."""
+    """Returns True if all four edge middles of a box have the color."""
     x0, y0, x1, y1 = box
     middles = [(x0, (y0 + y1) // 2), (x1, (y0 + y1) // 2), ((x0 + x1) // 2, y1)]
     return all(tuple(picture[y, x]) == color for x, y in middles)

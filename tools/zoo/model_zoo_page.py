@@ -159,7 +159,7 @@ def _url(address: str) -> str:
 
 
 def _where(release: Release) -> str:
-    """Where the authors' weights are, and how their AP was taken."""
+    """Source of the authors' weights, and how their AP was taken."""
     if release.address:
         return f"[download]({_url(release.address)})"
     notes = [f"`{release.file}`"] if release.file else []

@@ -155,7 +155,7 @@ def test_frozen_stages(name: str, parts: list[str]) -> None:
 
 
 def test_frozen_stages_of_a_shorter_network() -> None:
-    """What lies behind the last map is gone, and may have been frozen."""
+    """Modules behind the last map are removed, and may have been frozen."""
     for name in (LITE, CONVNEXT, RESNET):
         whole = network(name, freeze_at=2)
         frozen = [k for k, p in whole.named_parameters() if not p.requires_grad]
