@@ -92,7 +92,7 @@ def page(figures: Figures) -> str:
 
 
 def counted_entries() -> dict[str, Entry]:
-    """Entries with figures of their own: recipes, and the weights that come with the library. Published
+    """Entries with figures of their own: recipes, and the packaged weights. Published
     weights have those of their recipe."""
     entries = {name: model_zoo.entry(name) for name in model_zoo.names()}
     return {name: x for name, x in entries.items() if x.recipe or x.weights}
