@@ -22,7 +22,7 @@ def unpack(archive: Path) -> Path:
     The folder appears at once and complete, so several processes may unpack the same file.
 
     Raises:
-        DatasetError: a damaged or encrypted archive, or a disk that has no component for it.
+        DatasetError: a damaged or encrypted archive, or too little disk space.
     """
     stat = archive.stat()
     identity = f"{archive.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}".encode(
@@ -50,8 +50,8 @@ def unpack(archive: Path) -> Path:
         ) from error
     except OSError as error:
         remedy = (
-            "unpack it yourself and pass the folder, or set DETECTRON2_DATASETS to a folder with "
-            "component for it"
+            "unpack it yourself and pass the folder, or set DETECTRON2_DATASETS to a folder on "
+            "another disk"
         )
         problem = f"cannot be unpacked into {folder.parent} ({error.strerror or error})"
         raise DatasetError([DataIssue(str(archive), problem, remedy)]) from error
@@ -80,7 +80,7 @@ def _extract(archive: Path, folder: Path) -> None:
 
 
 def _is_clutter(name: str) -> bool:
-    """Returns True for files that macOS adds to archives."""
+    """Returns True for the names that a Mac adds to archives."""
     return name.startswith("__MACOSX/") or os.path.basename(name).startswith("._")
 
 

@@ -89,12 +89,12 @@ def _describe(section: str, row: int, entry: Any) -> str:
 
 
 def _is_flag(value: Any) -> bool:
-    """Returns True if a value is 0 or 1; text is not, "0" would pass for true."""
+    """Returns True for 0 and 1, not for text: "0" would pass for true."""
     return isinstance(value, int | float) and value in (0, 1)
 
 
 def _is_text(value: str) -> bool:
-    """Returns True if a text can be encoded: JSON can hold half a character."""
+    """Returns True if a terminal or a file can take a text: JSON can hold half a character."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -25,7 +25,7 @@ MAX_MISSING = 0.5  # more missing files than this share means a wrong folder, no
 
 @dataclass(frozen=True)
 class DataChecks:
-    """Checks of a data set beside the entries of the annotation files.
+    """Checks beside those of the entries of the annotation files.
 
     Attributes:
         decode_images: decode all pixels of all images; None does so for small sets. Headers are

@@ -180,7 +180,7 @@ def _other_meaning(
 
 
 def _readings(boxes: np.ndarray) -> dict[str, np.ndarray]:
-    """Other readings of the four numbers -> the boxes as [x, y, width, height]."""
+    """Other meanings of the four numbers -> the boxes as [x, y, width, height]."""
     a, b, c, d = boxes.T
     return {
         "corners [x1, y1, x2, y2]": np.stack([a, b, c - a, d - b], axis=1),
@@ -227,7 +227,7 @@ def _fits(boxes: np.ndarray, wh: np.ndarray, tolerance: float = _TOLERANCE) -> n
 
 
 def _areas_are(areas: np.ndarray, product: np.ndarray, other: np.ndarray) -> bool:
-    """Returns True if nearly all areas are one product of sides, and not the other."""
+    """Returns True if areas are nearly all one product of sides, and not the other."""
     is_product = np.isclose(areas, product, rtol=0.01)
     return bool(is_product.mean() >= _SURE and np.isclose(areas, other, rtol=0.01).mean() < 0.5)
 

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """Result of checking an image file.
+    """Facts about an image file.
 
     Attributes:
         height: pixels of the upright image; 0 if it cannot be opened.

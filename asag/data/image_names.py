@@ -283,7 +283,7 @@ def _readings(name: str) -> list[list[str]]:
 
 
 def _of_another_split(path: str, parts: Sequence[str]) -> bool:
-    """Returns True if a file lies in the folder of a split that the name does not mention.
+    """Returns True for a file in the folder of a split that the name does not mention.
 
     An image of the same name there is another image.
     """

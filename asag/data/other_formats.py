@@ -12,6 +12,10 @@ from asag.data.json_files import load_json
 
 READABLE = "COCO, Pascal VOC or YOLO"
 _EXPORT = f"export it as COCO, or convert it to {READABLE}"
+_READ = (
+    f"pass a folder, a zip, a data.yaml or a COCO JSON file; {READABLE} are read, in the layouts "
+    "of docs/data.md"
+)
 _MAX_FILES = 20_000  # of a folder that are looked at to name it
 
 # Suffix -> what such a file is, how to go on.
@@ -53,7 +57,7 @@ _SUFFIXES = {
 
 
 def describe_json(data: Any) -> tuple[str, str] | None:
-    """Names a JSON value that is not a COCO file of boxes, and says how to convert it.
+    """Names a JSON value that is no COCO file of boxes.
 
     Returns:
         Name of the format and remedy; None for what is not known.
@@ -117,12 +121,6 @@ def describe_file(path: Path) -> DataIssue:
     else:
         what, remedy = "no data set that is known", _READ
     return DataIssue(str(path), f"this is {what}", remedy)
-
-
-_READ = (
-    f"pass a folder, a zip, a data.yaml or a COCO JSON file; {READABLE} are read, in the layouts "
-    "of docs/data.md"
-)
 
 
 def describe_folder(folder: Path) -> DatasetError:

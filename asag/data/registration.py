@@ -314,6 +314,6 @@ def _free_name(name: str) -> str:
 
 
 def _foreign(name: str) -> bool:
-    """Returns True if a split of this name was not registered by this module."""
+    """Returns True if a split of this name was registered by other means than this module."""
     splits = {f"{name}_{split}" for split in SPLITS}
     return bool(splits & set(DatasetCatalog.list()) - _registered_here)

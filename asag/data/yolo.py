@@ -152,7 +152,7 @@ def _label_files(files: Sequence[Path]) -> tuple[list[Path | None], list[str]]:
 
 
 def _label_folders(folder: Path) -> list[Path]:
-    """Possible folders of the text files of an image folder, likeliest first."""
+    """Folders in which the text files of a folder of images may lie, likeliest first."""
     parts = folder.parts
     places = [
         Path(*parts[:i], "labels", *parts[i + 1 :])

@@ -99,7 +99,7 @@ def _load_yaml(path: Path) -> Any:
 
 
 def _describes_data(path: Path) -> bool:
-    """Returns True if a YAML file looks like a data.yaml."""
+    """Returns True if a YAML file looks like a data.yaml; other programs have theirs there too."""
     try:
         data = _load_yaml(path)
     except DatasetError:
@@ -221,7 +221,7 @@ def _image_folders(folder: Path) -> list[Path]:
 
 
 def _is_label_file(path: Path) -> bool:
-    """Returns True if a text file consists of lines of YOLO text, at least one."""
+    """Returns True if a text file has nothing but lines of YOLO text, at least one."""
     try:
         lines = [x for x in path.read_bytes()[:20_000].splitlines()[:20] if x.strip()]
     except OSError:

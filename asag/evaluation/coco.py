@@ -211,7 +211,7 @@ def _renumbered(
     image_numbers: dict[int | str, int],
     category_numbers: dict[int | str, int],
 ) -> dict[str, Any]:
-    """Returns the part of a COCO file that evaluation reads, with numbers for ids.
+    """The parts of a COCO file that the evaluation of boxes reads, with numbers for ids.
 
     Annotations of images or categories that the file does not list are left out.
     """

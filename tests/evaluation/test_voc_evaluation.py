@@ -96,7 +96,7 @@ def test_nothing_to_find_and_nothing_found():
 @given(st.integers(0, 10**6))
 @settings(deadline=None, max_examples=20)
 def test_iou_is_that_of_inclusive_pixels(seed):
-    """Values that the development kit computes of 1-based inclusive corners."""
+    """The number that the development kit computes of 1-based inclusive corners."""
     rng = np.random.default_rng(seed)
     low = rng.integers(1, 20, size=(6, 2))
     corners = np.hstack([low, low + rng.integers(0, 20, size=(6, 2))])
