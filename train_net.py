@@ -16,11 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser
-from detectron2.utils import comm
-from torch import nn
-
 from asag.checkpoint.checkpointer import AtomicCheckpointer
 from asag.checkpoint.loading import load_weights
 from asag.config import check_config
@@ -49,6 +44,11 @@ from asag.engine.step import unwrap
 from asag.inference.tta import check_test_augmentation
 from asag.report.record import report_training, write_record
 from asag.visualization.pictures import save_curves
+
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
+from torch import nn
 
 # Seconds that the other processes wait for the first one to report an error. If it does, the
 # launcher ends them meanwhile, and the message is printed once.
