@@ -30,8 +30,7 @@ def create_extractor(
         import timm
     except ImportError as error:
         raise ImportError(
-            "MODEL.BACKBONE.NAME names a backbone of timm, which is not installed: "
-            "pip install 'asag[backbones]'"
+            "MODEL.BACKBONE.NAME names a backbone of timm, which is not installed: pip install timm"
         ) from error
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
