@@ -266,7 +266,7 @@ class Run:
             for bad in (x for x in batch if x.error):
                 self.skip(f"{bad.file.path}: {bad.error}")
             good = [x for x in batch if not x.error]
-            detections = self.predictor.predict([x.model_input for x in good])
+            detections = self.predictor.detect([x.model_input for x in good])
             list(pool.map(self.draw, good, detections))  # raises the errors of the threads
             for x, found in zip(good, detections, strict=True):
                 self.images += 1
@@ -305,7 +305,7 @@ class Run:
                 batches = chunks(islice(video, self.max_frames), self.predictor.batch_size)
                 for batch in ahead(load, batches, pool):
                     images = [image for image, _ in batch]
-                    detections = self.predictor.predict([x for _, x in batch])
+                    detections = self.predictor.detect([x for _, x in batch])
                     for drawn in pool.map(draw, images, detections) if writer else ():
                         writer.write(drawn)
                     for image_rgb, found in zip(images, detections, strict=True):

@@ -11,25 +11,22 @@ B pictures, n objects of a picture, H, W its height and width.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import Tensor
 
 from .. import model_zoo
-from ..data.image_io import read_image, upright
+from .images import to_rgb
 from .predictor import Predictor
 
 if TYPE_CHECKING:
-    ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
-
-COLOR_ORDERS = ("RGB", "BGR")
+    from .images import ImageLike
 
 
 class Detection(NamedTuple):
@@ -153,7 +150,7 @@ class Detector:
     def __init__(self, predictor: Predictor, source: str | None = None) -> None:
         """
         Args:
-            predictor: model, resize, class names; objects below its score threshold never appear.
+            predictor: model, resize and class names.
             source: where the model came from, see `from_pretrained`; None cannot be trained.
         """
         self.predictor = predictor
@@ -226,14 +223,15 @@ class Detector:
             TypeError: a picture of another kind.
             ValueError: wrong shape, dtype, threshold or color order.
         """
-        if color_order not in COLOR_ORDERS:
-            raise ValueError(f"color_order is {color_order!r}; it must be 'RGB' or 'BGR'")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold is {threshold}; scores lie between 0 and 1")
-        if isinstance(images, list | tuple):
-            return self._detect(list(_all_to_rgb(images, color_order)), threshold)
-        (found,) = self._detect([to_rgb(images, color_order)], threshold)
-        return found
+        single = not isinstance(images, list | tuple)
+        images_rgb = to_rgb([images] if single else images, color_order)
+        results = [
+            self._detections(image_rgb, found)
+            for image_rgb, found in zip(
+                images_rgb, self.predictor(images_rgb, threshold=threshold), strict=True
+            )
+        ]
+        return results[0] if single else results
 
     def train(
         self,
@@ -277,13 +275,6 @@ class Detector:
         folder = train_on(data, self.source, words)
         return Detector.from_pretrained(folder, device=device), folder
 
-    def _detect(self, pictures_rgb: Sequence[np.ndarray], threshold: float) -> list[Detections]:
-        results = self.predictor(pictures_rgb)
-        return [
-            self._detections(image_rgb, found[found.scores >= threshold])
-            for image_rgb, found in zip(pictures_rgb, results, strict=True)
-        ]
-
     def _detections(self, image_rgb: np.ndarray, found: Instances) -> Detections:
         return Detections(
             boxes_xyxy=found.pred_boxes.tensor.float(),
@@ -292,47 +283,3 @@ class Detector:
             class_names=self.class_names,
             image_rgb=image_rgb,
         )
-
-
-def to_rgb(image: ImageLike, color_order: str = "RGB") -> np.ndarray:
-    """A picture of any kind as an (H, W, 3) uint8 RGB array; see `Detector.predict`.
-
-    Raises:
-        ImageReadError: a file is absent or not an image.
-        TypeError: another kind of object.
-        ValueError: wrong shape or dtype.
-    """
-    if isinstance(image, str | os.PathLike):
-        return read_image(os.fspath(image), "RGB")
-    if isinstance(image, Image.Image):
-        if image.mode == "F":
-            raise ValueError("a Pillow image with floating-point pixels: convert it to 8 bits")
-        return np.array(upright(image).convert("RGB"))
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3 or image.dtype != torch.uint8:
-            raise ValueError(
-                "a tensor must be (3, H, W) uint8 with values 0 to 255, got "
-                f"{tuple(image.shape)} {image.dtype}; several pictures go in a list"
-            )
-        array = image.permute(1, 2, 0).cpu().numpy()
-    elif isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise ValueError(
-                "an array must be (H, W, 3) uint8 with values 0 to 255, got "
-                f"{image.shape} {image.dtype}; several pictures go in a list"
-            )
-        array = image
-    else:
-        raise TypeError(
-            f"a picture is a path, a Pillow image, an array or a tensor, not {type(image).__name__}"
-        )
-    return np.ascontiguousarray(array[:, :, ::-1] if color_order == "BGR" else array)
-
-
-def _all_to_rgb(images: Iterable[ImageLike], color_order: str) -> Iterator[np.ndarray]:
-    """`to_rgb` of each; errors say which one."""
-    for position, image in enumerate(images):
-        try:
-            yield to_rgb(image, color_order)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"picture {position}: {error}") from error

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.loading import load_weights
 from ..data.mapper import eval_augmentations
+from .images import ImageLike, check_rgb, check_threshold, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +66,12 @@ class Predictor:
             raise ValueError(f"INPUT.FORMAT is {image_format!r}; prediction knows 'RGB' and 'BGR'")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold is {score_threshold}; scores lie between 0 and 1")
         self.model = model.eval()
         self.class_names = tuple(class_names)
         self.augmentations = T.AugmentationList(list(augmentations))
         self.image_format = image_format
         self.batch_size = batch_size
-        self.score_threshold = score_threshold
+        self.score_threshold = check_threshold(score_threshold)
         self._divisor = getattr(getattr(model, "backbone", None), "size_divisibility", 0) or 1
 
     @classmethod
@@ -100,26 +99,25 @@ class Predictor:
             score_threshold=score_threshold,
         )
 
-    def __call__(self, images_rgb: Sequence[np.ndarray]) -> list[Instances]:
-        """Detections of each picture.
+    def __call__(
+        self, images: Sequence[ImageLike], *, threshold: float | None = None
+    ) -> list[Instances]:
+        """Detects objects in images.
 
         Args:
-            images_rgb: (H, W, 3) uint8 arrays, upright; sizes may differ.
+            images: see `images.ImageLike`; arrays and tensors in RGB order, sizes may differ.
+            threshold: detections scored below are left out; default: that of the predictor.
 
         Returns:
-            One `Instances` a picture, on the CPU, by falling score: `pred_boxes` in absolute xyxy
-            pixels of the picture as given, `scores`, `pred_classes`.
+            One `Instances` an image, on the CPU, by falling score: `pred_boxes` in absolute xyxy
+            pixels of the upright image, `scores`, `pred_classes`.
 
         Raises:
-            ValueError: a picture has another shape or dtype; the message says which.
+            ImageReadError: a file is missing or not an image.
+            TypeError, ValueError: an image of another kind, shape or dtype; the message has its
+                position.
         """
-        inputs = []
-        for position, image in enumerate(images_rgb):
-            try:
-                inputs.append(self.prepare(image))
-            except ValueError as error:
-                raise ValueError(f"picture {position}: {error}") from error
-        return self.predict(inputs)
+        return self.detect([self.prepare(x) for x in to_rgb(images)], threshold=threshold)
 
     def prepare(self, image_rgb: np.ndarray) -> dict[str, Any]:
         """Model input of one picture: `image` (3, H', W') uint8, `height` and `width` as given.
@@ -129,14 +127,7 @@ class Predictor:
         Raises:
             ValueError: not an (H, W, 3) uint8 array, or an empty one.
         """
-        if image_rgb.ndim != 3 or image_rgb.shape[2] != 3 or image_rgb.dtype != np.uint8:
-            raise ValueError(
-                "expected an (H, W, 3) uint8 array in RGB order, "
-                f"got {image_rgb.shape} {image_rgb.dtype}"
-            )
-        height, width = image_rgb.shape[:2]
-        if not height or not width:
-            raise ValueError(f"a picture of no pixels: {width} x {height}")
+        height, width = check_rgb(image_rgb).shape[:2]
         augmented = T.AugInput(image_rgb)
         self.augmentations(augmented)
         image = augmented.image
@@ -146,14 +137,17 @@ class Predictor:
         return {"image": chw, "height": height, "width": width}
 
     @torch.no_grad()
-    def predict(self, inputs: Sequence[dict[str, Any]]) -> list[Instances]:
-        """Detections of inputs made by `prepare`, in their order."""
+    def detect(
+        self, inputs: Sequence[dict[str, Any]], *, threshold: float | None = None
+    ) -> list[Instances]:
+        """Runs the model on inputs made by `prepare`; returns the detections in their order."""
+        threshold = self.score_threshold if threshold is None else check_threshold(threshold)
         found: list[Instances | None] = [None] * len(inputs)
         for members in self._batches([x["image"] for x in inputs]):
             outputs = self.model([inputs[i] for i in members])
             for i, output in zip(members, outputs, strict=True):
                 instances = output["instances"].to("cpu")
-                found[i] = instances[instances.scores >= self.score_threshold]
+                found[i] = instances[instances.scores >= threshold]
         return [x for x in found if x is not None]
 
     def _batches(self, images: Sequence[Tensor]) -> Iterator[list[int]]:

@@ -154,7 +154,7 @@ class TestPredictor:
         "image", [picture()[..., 0], picture().astype(np.float32), np.zeros((9, 9, 4), np.uint8)]
     )
     def test_refuses_other_arrays_and_says_which(self, image):
-        with pytest.raises(ValueError, match=r"picture 1: expected an \(H, W, 3\) uint8"):
+        with pytest.raises(ValueError, match=r"image 1: an array must be \(H, W, 3\) uint8"):
             Predictor(Spy(), class_names=NAMES)([picture(), image])
 
     def test_narrow_pictures_keep_a_pixel_and_empty_ones_are_refused(self, weights):
@@ -170,7 +170,7 @@ class TestPredictor:
         [
             ({"image_format": "L"}, "INPUT.FORMAT is 'L'"),
             ({"batch_size": 0}, "batch_size is 0"),
-            ({"score_threshold": 1.5}, "score_threshold is 1.5"),
+            ({"score_threshold": 1.5}, "threshold is 1.5"),
         ],
     )
     def test_wrong_values(self, option, message):
@@ -447,7 +447,7 @@ class TestUsage:
     def test_threshold_out_of_range(self, run):
         Image.fromarray(picture()).save("a.png")
         status, _, error = run("a.png", threshold="2")
-        assert status == 2 and "score_threshold is 2.0" in error
+        assert status == 2 and "threshold is 2.0" in error
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_devices_without_a_gpu(self, demo, capsys):

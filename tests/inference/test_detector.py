@@ -20,7 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from asag import Detector, model_zoo
 from asag.data import ImageReadError
 from asag.data.shapes import ANNOTATION_FILE, ShapesSpec, make_shapes
-from asag.inference.detector import to_rgb
+from asag.inference.images import to_rgb
 from asag.inference.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,8 +143,8 @@ def test_pillow_images_of_any_mode(mode):
     else:
         image = gray.convert("RGBA").convert(mode) if mode == "LA" else gray.convert(mode)
     assert image.mode == mode
-    assert to_rgb(image).shape == (4, 6, 3)
-    assert to_rgb(image).min() > 250
+    assert to_rgb([image])[0].shape == (4, 6, 3)
+    assert to_rgb([image])[0].min() > 250
 
 
 def test_orientation_of_the_camera_is_applied_in_files_and_in_memory(tmp_path):
@@ -155,7 +155,7 @@ def test_orientation_of_the_camera_is_applied_in_files_and_in_memory(tmp_path):
     path = tmp_path / "rotated.png"
     Image.fromarray(image).save(path, exif=exif)
     expected = np.rot90(image)
-    for found in (to_rgb(path), to_rgb(Image.open(path))):
+    for found in to_rgb([path, Image.open(path)]):
         assert np.array_equal(found, expected)
     assert colors().predict(path, threshold=0).image_size == (8, 4)
 
@@ -196,7 +196,7 @@ def test_the_threshold_counts():
     [
         (np.zeros((4, 6), np.uint8), ValueError, r"\(H, W, 3\) uint8.*\(4, 6\)"),
         (np.zeros((4, 6, 3)), ValueError, "float64"),
-        (np.zeros((2, 4, 6, 3), np.uint8), ValueError, "several pictures go in a list"),
+        (np.zeros((2, 4, 6, 3), np.uint8), ValueError, "several images go in a list"),
         (torch.zeros(3, 4, 6), ValueError, "uint8 with values 0 to 255.*float32"),
         (torch.zeros(4, 6, 3, dtype=torch.uint8), ValueError, r"\(3, H, W\)"),
         (Image.new("F", (6, 4)), ValueError, "floating-point"),
@@ -210,7 +210,7 @@ def test_unusable_pictures_are_refused(image, error, message):
 
 
 def test_an_unusable_picture_of_a_list_is_named():
-    with pytest.raises(ValueError, match="picture 1: an array must be"):
+    with pytest.raises(ValueError, match="image 1: an array must be"):
         colors().predict([rgb(), rgb()[0]])
 
 
