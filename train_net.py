@@ -105,12 +105,14 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
     if comm.is_main_process():
         write_record(trainer.cfg, recipe, args.config_file or args.model)
     results = trainer.train()
-    if results is None:
-        return
+    if trainer.iter < trainer.start_iter:
+        return  # the resumed run was complete
     with trainer.evaluation_weights():
         if comm.is_main_process() and cfg.TEST.REPORT:
             report_training(trainer.cfg, unwrap(trainer.model), trainer.dataset_dicts)
         comm.synchronize()
+        if results is None:
+            return  # nothing was evaluated, or this is not the main process
         augmented = evaluate_augmented(cfg, unwrap(trainer.model))
     if comm.is_main_process():
         best = trainer.best

@@ -3,9 +3,12 @@ a CPU."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
+import time
+import uuid
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,6 +25,7 @@ from detectron2.utils import comm
 TIMEOUT = timedelta(minutes=30)
 # Advice of torch to Detectron2 and to this library, which each process would print.
 NOISE = ("TypedStorage is deprecated", "`broadcast_buffers` is deprecated")
+POLL = 0.02  # seconds between two reads of the store
 LAST_CHECKPOINT = "last_checkpoint"
 EARLIER = "last_checkpoint_of_earlier_run"
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -125,9 +129,10 @@ def _run_in_group(
 ) -> int:
     if cuda:
         torch.cuda.set_device(place.local_rank)
+    store, _, _ = next(dist.rendezvous(dist_url, place.rank, place.world_size, timeout=TIMEOUT))
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=dist_url,
+        store=fresh_store(store, place.rank, place.world_size, TIMEOUT),
         rank=place.rank,
         world_size=place.world_size,
         timeout=TIMEOUT,
@@ -158,6 +163,53 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def fresh_store(
+    store: dist.Store, rank: int, world_size: int, timeout: timedelta
+) -> dist.PrefixStore:
+    """Returns a part of a store that no earlier process has written to, the same for all ranks.
+
+    torchrun keeps the key-value store of a job when it restarts the processes, and without this
+    gloo connects to addresses of dead processes. Every rank writes a random word. Rank 0 answers
+    with a name for the new part and the words it has read, repeatedly, until each rank has found
+    its own word in the answer and confirmed it. Leftovers cannot be mistaken for this: no running
+    process has written those words.
+
+    Args:
+        store: shared by all ranks.
+        rank: of this process.
+        world_size: number of ranks.
+        timeout: how long to wait for the others.
+
+    Raises:
+        TimeoutError: a rank did not come.
+    """
+    word = uuid.uuid4().hex
+    store.set(f"word/{rank}", word)
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        if rank == 0:
+            words = [_read(store, f"word/{other}") for other in range(world_size)]
+            store.set("answer", json.dumps([word, words]))
+            said = [_read(store, f"agreed/{other}") for other in range(1, world_size)]
+            if all(name == word for name in said):
+                return dist.PrefixStore(word, store)
+        else:
+            name, words = json.loads(_read(store, "answer") or '["", []]')
+            if len(words) == world_size and words[rank] == word:
+                store.set(f"agreed/{rank}", name)
+                return dist.PrefixStore(name, store)
+        time.sleep(POLL)
+    raise TimeoutError(
+        f"process {rank} of {world_size} waited {timeout} for the others: see why they did not "
+        "start, and whether this machine reaches theirs"
+    )
+
+
+def _read(store: dist.Store, key: str) -> str:
+    """Returns a value, empty if there is none (`get` alone would wait for it)."""
+    return store.get(key).decode() if store.check([key]) else ""
 
 
 def resume_if_restarted(output_dir: str, resume: bool) -> bool:

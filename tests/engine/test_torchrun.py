@@ -8,16 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from engine_support import CONFIG, tiny_options, write_coco_folder
 from recorded_training import PROCESS_FILE, read_losses
+from torch.distributed import HashStore
 
 from asag.engine import launch
-from asag.engine.launch import EARLIER, resume_if_restarted
+from asag.engine.launch import EARLIER, fresh_store, resume_if_restarted
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -163,3 +166,23 @@ def test_a_new_start_sets_the_earlier_run_aside(tmp_path, monkeypatch, max_resta
     assert resume_if_restarted(str(tmp_path), resume) == resume
     assert (tmp_path / "last_checkpoint").is_file() == kept
     assert (tmp_path / EARLIER).is_file() != kept
+
+
+def test_leftovers_of_dead_processes_are_not_read():
+    """Three generations over one store; in the second, a process dies before it has agreed."""
+    store = HashStore()
+    names = set()
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            wait = timedelta(seconds=60)
+            # The later ranks come first and find what the generation before has left.
+            parts = [pool.submit(fresh_store, store, rank, 3, wait) for rank in (2, 1, 0)]
+        for rank, part in zip((2, 1, 0), parts, strict=True):
+            assert not part.result().check(["address"])
+            part.result().set(f"address{rank}", "here")
+        parts = [part.result() for part in parts]
+        assert all(part.check([f"address{rank}" for rank in range(3)]) for part in parts)
+        names.add(store.get("answer"))
+        with pytest.raises(TimeoutError, match="process 1 of 3"):
+            fresh_store(store, 1, 3, timedelta(seconds=0.1))
+    assert len(names) == 2

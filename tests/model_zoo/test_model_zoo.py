@@ -293,10 +293,10 @@ class TestPackaging:
 
 
 def test_a_built_package_brings_configurations_facts_and_weights(tmp_path):
-    for folder in ("configs", "asag"):
+    for folder in ("configs", "asag", "demo", "tools"):
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / "source" / folder, ignore=ignore)
-    for file in ("setup.py", "README.md", "pyproject.toml"):
+    for file in ("setup.py", "README.md", "pyproject.toml", "train_net.py"):
         shutil.copy(ROOT / file, tmp_path / "source")
     built = tmp_path / "built"
     done = subprocess.run(
@@ -310,6 +310,9 @@ def test_a_built_package_brings_configurations_facts_and_weights(tmp_path):
     folder = built / "asag" / "model_zoo"
     for part in ("published.json", "figures.json", f"weights/{OWN}.pth", f"weights/{OWN}.json"):
         assert (folder / part).read_bytes() == (WEIGHTS.parent / part).read_bytes()
+    assert (built / "asag/commands/train_net.py").read_bytes() == (
+        ROOT / "train_net.py"
+    ).read_bytes()
     copies = built / "asag" / "model_configs"
     assert {p.stem for p in copies.glob("*/*.yaml")} >= set(config_files())
 

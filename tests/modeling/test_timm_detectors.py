@@ -67,7 +67,10 @@ def test_exact_padding_gives_features_of_single_images(name: str) -> None:
 @pytest.mark.parametrize("name", [EFFICIENTNET, "convnextv2_atto", "test_efficientnet_gn"])
 def test_networks_that_see_the_whole_image_are_refused(name: str) -> None:
     """Squeeze and excitation, response normalization, group norm."""
-    with pytest.raises(ValueError, match=rf"EXACT_PADDING: .* features of {name}"):
+    with pytest.raises(
+        ValueError,
+        match=rf"MODEL.EXACT_PADDING is True; .*MODEL.TIMM.NAME '{name}', whose features",
+    ):
         ZeroPadding(network(name))
 
 

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from asag.cli import load_command
-from asag.engine import Trainer
+from asag.engine import Trainer, defaults
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -68,7 +68,7 @@ def read_losses(folder: Path) -> list[tuple[int, float]]:
 def main(arguments: list[str]) -> int:
     """Runs `train_net.py` with these arguments and records it; returns the exit code."""
     train_net = load_command("train_net.py")
-    train_net.Trainer = RecordingTrainer
+    defaults.Trainer = RecordingTrainer
     return train_net.main(arguments)
 
 

@@ -236,7 +236,7 @@ def test_pixels_of_another_network_are_refused() -> None:
 
 def test_timm_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(ImportError, match=r"pip install 'asag\[backbones\]'"):
+    with pytest.raises(ImportError, match=r"pip install timm"):
         network(RESNET)
 
 
