@@ -37,7 +37,7 @@ class RefinementHeads(nn.Module):
     """
 
     num_parallel = 1
-    """Stages that take the place of the first one; the others follow."""
+    """Number of entries of `stages` that are parallel first stages; the next ones refine further."""
 
     def __init__(
         self,
