@@ -37,7 +37,7 @@ class RefinementHeads(nn.Module):
     """
 
     num_parallel = 1
-    """Number of entries of `stages` that are parallel first stages; the next ones refine further."""
+    """Number of entries of `stages` that are parallel first stages; later ones refine further."""
 
     def __init__(
         self,
