@@ -37,6 +37,7 @@ from asag.engine.defaults import (
     use_data,
 )
 from asag.engine.fine_tuning import SMALL_DATA
+from asag.engine.forecast import estimate
 from asag.engine.hooks import BEST_WEIGHTS, FINAL_WEIGHTS, box_ap
 from asag.engine.launch import launch, resume_if_restarted, started_by_torchrun
 from asag.engine.memory import NotEnoughMemoryError
@@ -104,6 +105,8 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
     trainer = start_trainer(cfg, recipe, resume=args.resume)
     if comm.is_main_process():
         write_record(trainer.cfg, recipe, args.config_file or args.model)
+    if args.data and trainer.start_iter < trainer.max_iter:
+        logger.info(f"estimate before the start: {estimate(trainer)}")
     results = trainer.train()
     if trainer.iter < trainer.start_iter:
         return  # the resumed run was complete

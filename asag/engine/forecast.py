@@ -1,14 +1,18 @@
-"""Expected duration of a run, logged after its first steps."""
+"""Expected duration of a run: estimated before the start, and measured in its first steps."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from typing import Any
 
+import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+
+from .memory import LargestBatch, dry_step
 
 # The first steps are slower: memory is allocated, kernels are chosen.
 SKIPPED, MEASURED = 3, 10
@@ -42,6 +46,41 @@ class Forecast(HookBase):
                 batch=cfg.SOLVER.IMS_PER_BATCH,
             )
         )
+
+
+def estimate(trainer: Any) -> str:
+    """Times a forward and backward pass before the start; leaves no trace in the model.
+
+    The images are synthetic and as large as the configuration permits, so the estimate is rather
+    too long; `Forecast` corrects it after the first steps.
+
+    Args:
+        trainer: an `asag.engine.Trainer`.
+
+    Returns:
+        The expected time as a sentence, evaluations included.
+    """
+    cfg, step = trainer.cfg, trainer._trainer
+    largest = LargestBatch.from_config(cfg, trainer.dataset_dicts)
+    samples = largest.samples(cfg.MODEL.ROI_HEADS.NUM_CLASSES)
+    dry_step(step, samples)  # allocates memory and chooses kernels
+    _wait(step.device)
+    start = time.perf_counter()
+    dry_step(step, samples)
+    _wait(step.device)
+    seconds = (time.perf_counter() - start) * cfg.SOLVER.ACCUMULATE_STEPS
+    return forecast(
+        seconds,
+        iterations=trainer.max_iter - trainer.start_iter,
+        evaluations=_evaluations(trainer.start_iter, trainer.max_iter, cfg.TEST.EVAL_PERIOD),
+        images=sum(len(DatasetCatalog.get(name)) for name in cfg.DATASETS.TEST),
+        batch=cfg.SOLVER.IMS_PER_BATCH,
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def forecast(seconds: float, *, iterations: int, evaluations: int, images: int, batch: int) -> str:

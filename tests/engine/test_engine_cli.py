@@ -134,6 +134,7 @@ def test_own_data_in_one_argument(tmp_path, coco_folder, capsys):
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert "12 images" in printed, "the report is printed"
+    assert "estimate before the start: " in (tmp_path / "log.txt").read_text()
     assert "an image has 3 boxes, but there are 2 queries" in printed
     assert "an image has 3 boxes, but only the 2 best detections" in printed
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)

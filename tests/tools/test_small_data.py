@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from detectron2.config import CfgNode
-from engine_support import tiny_cfg, tiny_options, write_coco_folder
+from engine_support import register_tiny_shapes, tiny_cfg, tiny_options, write_coco_folder
 
 from asag import Detector, load_config, model_zoo
 from asag.checkpoint import packages
 from asag.config.loading import find_config
+from asag.engine import Trainer
 from asag.engine.defaults import configure
 from asag.engine.fine_tuning import SMALL_DATA, check_start, fine_tuning_config
-from asag.engine.forecast import forecast
+from asag.engine.forecast import estimate, forecast
 from asag.engine.schedule import resolve_schedule
 from train_net import build_parser, main
 
@@ -156,3 +158,16 @@ def test_the_command_line_says_how_long_it_takes(tmp_path):
     config = str(find_config("SparseRCNN/sparse_rcnn_tiny.yaml"))
     assert main(["--config-file", config, "--data", str(data), "--num-gpus", "0", *options]) == 0
     assert "to go: 1 iterations of" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_the_estimate_before_the_start_leaves_no_trace(tmp_path):
+    register_tiny_shapes()
+    changes = {"DATASETS__TEST": "('engine_shapes_val',)", "TEST__EVAL_PERIOD": 1}
+    trainer = Trainer(tiny_cfg(tmp_path, **changes))
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    state = torch.get_rng_state()
+    text = estimate(trainer)
+    assert "to go: 4 iterations of" in text and "4 evaluations of 6 images" in text
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    assert not trainer.optimizer.state and all(p.grad is None for p in trainer.model.parameters())
