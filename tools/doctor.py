@@ -24,9 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
 MINIMUM_PYTHON = (3, 10)
-TINY_CONFIG = ROOT / "configs" / "SparseRCNN" / "sparse_rcnn_tiny.yaml"
+TINY_CONFIG = "SparseRCNN/sparse_rcnn_tiny.yaml"  # of a checkout or an installed package
 
 TESTED_DETECTRON2 = (
     "v0.5 (the compatibility wheel) and official main at 02b5c4e of 2026-06-06 (version 0.6)"
@@ -230,21 +229,21 @@ def _nvidia_driver() -> str | None:
     return result.stdout.split()[0] if result.returncode == 0 and result.stdout.strip() else None
 
 
-def check_step(config: Path = TINY_CONFIG) -> Iterator[Line]:
+def check_step(config: Path | str = TINY_CONFIG) -> Iterator[Line]:
     """Runs one training step and one inference of a tiny Sparse R-CNN."""
     try:
         from asag import load_config
+        from asag.config import find_config
 
         import torch
 
-        cfg = load_config(str(config))
+        cfg = load_config(str(find_config(str(config))))
         cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
         losses, detections = _train_and_detect(cfg)
     except Exception as error:
-        where = f"{config.relative_to(ROOT) if config.is_relative_to(ROOT) else config}"
         yield Line(
             "WRONG",
-            f"one step of {where} fails: {_brief(error)}",
+            f"one step of {config} fails: {_brief(error)}",
             "fix the lines above first; for the full traceback: python -m pytest tests -x",
         )
         return
