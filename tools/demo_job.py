@@ -59,7 +59,7 @@ def main() -> int:
         "Try it on your own images:\n"
         f"  .venv/bin/python demo/demo.py --config-file {options.config_file} "
         f"--weights {options.output / 'model_final.pth'} --output output/detections IMAGES\n"
-        "Train on your own data (COCO format):\n"
+        "Train on your own data (COCO, Pascal VOC or YOLO format):\n"
         "  .venv/bin/python train_net.py --data DIR"
     )
     return 0
