@@ -242,10 +242,10 @@ class Detector:
         options: Sequence[str] = (),
     ) -> tuple[Detector, Path]:
         """Fine-tunes the model on images of one's own, as `train_net.py --data DIR --model NAME`
-        does; this detector stays as it is.
+        does, but without the report; this detector stays as it is.
 
         Args:
-            data: folder in COCO format, in one of the usual layouts.
+            data: folder, data.yaml, COCO JSON file or zip, see `asag.data.register_dataset`.
             epochs: passes over the training images; default: as many as suit their number.
             output_dir: folder of the run; default: output/<name of the model>.
             options: KEY VALUE words that override the configuration.

@@ -18,14 +18,14 @@ Written by `python tools/make_model_zoo.py`; do not edit. Names are those of `as
 ```python
 from asag import Detector, model_zoo
 
-model = model_zoo.get("conditional_detr_r50_50ep", pretrained="downloaded.pth")
 detector = Detector.from_pretrained()  # knows photographs of people and animals
 detector = Detector.from_pretrained("sparse_rcnn_r50_300pro_3x_mmdet")  # 45.0 AP on COCO
 model = model_zoo.get("conditional_detr_r50_50ep", pretrained=True)  # 41.0 AP on COCO
 model = model_zoo.get("asag_a_r50_100_1x", pretrained="ASAG_A_r50_1x_100.pth")  # from a page
 ```
 
-The first two download weights that others trained, once, and convert them while they are loaded.
+The second and the third download weights that others trained, once, and convert them while they
+are loaded.
 
 A plain name is a recipe, and with `pretrained=True` the weights of its authors. `_mmdet`,
 `_detrex` and `_hf` behind a name are weights of the same model from MMDetection, detrex and the
