@@ -105,7 +105,7 @@ def train(args: argparse.Namespace, cfg: CfgNode, recipe: CfgNode) -> None:
     trainer = start_trainer(cfg, recipe, resume=args.resume)
     if comm.is_main_process():
         write_record(trainer.cfg, recipe, args.config_file or args.model)
-    if args.data and trainer.start_iter < trainer.max_iter:
+    if (args.data or args.train_json) and trainer.start_iter < trainer.max_iter:
         logger.info(f"estimate before the start: {estimate(trainer)}")
     results = trainer.train()
     if trainer.iter < trainer.start_iter:
